@@ -1,0 +1,212 @@
+"""The command line: `policy-split train | sft | sample | score | eval | export | report`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import policy_split_jax
+from policy_split_jax.errors import UserError
+
+_MODES = ("normal", "high-entropy", "both")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
+    options = _parser().parse_args(arguments)
+    # Models are local folders; nothing is ever looked up on a hub.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from policy_split_jax import commands
+
+    try:
+        run = {
+            "train": commands.train,
+            "sft": commands.sft,
+            "sample": commands.sample,
+            "score": commands.score,
+            "eval": commands.evaluate,
+            "export": commands.export,
+            "report": commands.report,
+        }[options.command]
+        run(options)
+    except UserError as error:
+        print(f"policy-split: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("policy-split: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="policy-split",
+        description="Policy Split (arXiv 2604.11510) in JAX: one Qwen3 model with a normal and a high-entropy mode.",
+    )
+    parser.add_argument("--version", action="version", version=policy_split_jax.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _train(commands)
+    _sft(commands)
+    _sample(commands)
+    _score(commands)
+    _eval(commands)
+    _export(commands)
+    _report(commands)
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--model", metavar="DIR", help="a Hugging Face folder of a Qwen3 model, or 'embedded' (default)"
+    )
+    source.add_argument("--checkpoint", metavar="DIR", help="a run's folder: its last checkpoint")
+
+
+def _engine_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--slots", type=_positive, default=64, help="rollouts decoded at once (default 64)")
+    parser.add_argument("--max-prompt-tokens", type=_positive, default=2048, help="longest prompt (default 2048)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the activations")
+
+
+def _sampling_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--temperature", type=_not_negative, default=1.0, help="0 is greedy (default 1.0)")
+    parser.add_argument("--top-k", type=int, default=0, help="0 is off (default)")
+    parser.add_argument("--top-p", type=_share, default=1.0, help="1 is off (default)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train both modes; goes on by itself where a run of that name stopped",
+        description="Trains both modes as CONFIG says, and writes metrics, checkpoints and report.html to runs/NAME.",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, for example configs/tiny.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
+    parser.add_argument("--resume", action="store_true", help="fail unless there is a checkpoint to resume from")
+    _model_options(parser)
+
+
+def _sft(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "sft",
+        help="make a tiny Qwen3 and warm it up on the embedded task",
+        description="Supervised learning of the embedded task; this is how the embedded model was made.",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, for example configs/tiny_sft.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
+    parser.add_argument("--model", metavar="DIR", help="start from this Hugging Face folder, not from random weights")
+    parser.add_argument("--checkpoint", metavar="DIR", help="start from a run's last checkpoint")
+
+
+def _sample(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "sample",
+        help="answer questions in one or both modes",
+        description="Samples answers to the questions of a JSONL file; without --prompts it asks for questions.",
+    )
+    _model_options(parser)
+    parser.add_argument("--prompts", metavar="FILE", help="JSONL; each row has a question")
+    parser.add_argument("--mode", choices=_MODES, default="both")
+    parser.add_argument("--n", type=_positive, default=1, help="answers to each question in each mode (default 1)")
+    parser.add_argument("--max-new-tokens", type=_positive, default=256)
+    parser.add_argument("--output", metavar="FILE", help="JSONL to write; without it rows go to standard output")
+    _sampling_options(parser)
+    _engine_options(parser)
+
+
+def _score(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "score",
+        help="log-probabilities, entropies and inter-mode KL of given answers",
+        description="Scores answers token by token. Rows with question and response are scored under both modes, "
+        "rows with prompt_tokens and response_tokens in that one context.",
+    )
+    _model_options(parser)
+    parser.add_argument("--input", metavar="FILE", required=True, help="JSONL to read")
+    parser.add_argument("--output", metavar="FILE", required=True, help="JSONL to write")
+    parser.add_argument(
+        "--prompt-tokens", action="store_true", help="rows carry prompt_tokens and response_tokens, taken as they are"
+    )
+    parser.add_argument("--temperature", type=_above_zero, default=1.0, help="of the distributions (default 1.0)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the activations")
+
+
+def _eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="accuracy, pass@k, entropy and inter-mode KL of both modes",
+        description="Samples k answers to each question in both modes, grades and scores them.",
+    )
+    _model_options(parser)
+    parser.add_argument("--data", default="embedded", metavar="FILE", help="JSONL or parquet, or 'embedded' (default)")
+    parser.add_argument("--question-column", default="question")
+    parser.add_argument("--answer-column", default="answer")
+    parser.add_argument("--numbers", type=_numbers, default=(3,), help="embedded task: numbers of a puzzle (default 3)")
+    parser.add_argument("--questions", type=_positive, default=256, help="at most so many questions (default 256)")
+    parser.add_argument(
+        "--grader", default=None, help="countdown (embedded), math (files), exact, or your own function"
+    )
+    parser.add_argument("--k", type=_positive, default=8, help="samples of each question in each mode (default 8)")
+    parser.add_argument("--max-new-tokens", type=_positive, default=16)
+    parser.add_argument("--output", metavar="FILE", help="JSON to write (default eval.json)", default="eval.json")
+    _sampling_options(parser)
+    _engine_options(parser)
+
+
+def _export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write a Hugging Face folder",
+        description="Writes a Hugging Face folder that transformers, vLLM and others load.",
+    )
+    _model_options(parser)
+    parser.add_argument("--output", metavar="HFDIR", required=True, help="the folder to write; it must not exist")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+
+
+def _report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "report",
+        help="one HTML page about one or several runs",
+        description="Writes one self-contained HTML page about one or several runs.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
+    parser.add_argument("--output", metavar="FILE", help="page to write (default: report.html in the first run)")
+
+
+def _number(text: str, kind: type, rule: str, holds: object) -> float:
+    try:
+        value = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not holds(value):  # type: ignore[operator]
+        raise argparse.ArgumentTypeError(f"{text} must be {rule}")
+    return value
+
+
+def _positive(text: str) -> int:
+    return int(_number(text, int, "at least 1", lambda value: value >= 1))
+
+
+def _not_negative(text: str) -> float:
+    return _number(text, float, "at least 0", lambda value: value >= 0)
+
+
+def _above_zero(text: str) -> float:
+    return _number(text, float, "above 0", lambda value: value > 0)
+
+
+def _share(text: str) -> float:
+    return _number(text, float, "in (0, 1]", lambda value: 0 < value <= 1)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part) for part in text.split(","))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

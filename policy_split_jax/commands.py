@@ -1,0 +1,229 @@
+"""What each command of the command line does."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from policy_split_jax import config as settings
+from policy_split_jax.config import EMBEDDED, RunConfig, SftConfig
+from policy_split_jax.data.formats import Row, read_records
+from policy_split_jax.errors import UserError
+from policy_split_jax.model import huggingface, qwen3
+from policy_split_jax.modes import HIGH_ENTROPY, MODE_NAMES, NORMAL
+from policy_split_jax.policy import Policy, load_policy, model_folder, write_prompts
+
+_MODES = {"normal": (NORMAL,), "high-entropy": (HIGH_ENTROPY,), "both": (NORMAL, HIGH_ENTROPY)}
+
+
+def train(options: argparse.Namespace) -> None:
+    """`policy-split train CONFIG`."""
+    from policy_split_jax.training.loop import train as run
+
+    overrides = [*options.overrides, *([f"model.path={options.model}"] if options.model else [])]
+    config = settings.load(RunConfig, options.config, overrides)
+    prompts = settings.mode_prompts(config.prompt)
+    if options.checkpoint:
+        policy, params = _load(options)
+        policy = replace(policy, prompts=prompts)
+    else:
+        policy = load_policy(model_folder(config.model.path), prompts)
+        params = huggingface.load_params(policy.folder, policy.config)
+    run(config, policy, params, must_resume=options.resume)
+
+
+def sft(options: argparse.Namespace) -> None:
+    """`policy-split sft CONFIG`."""
+    from policy_split_jax.training.warmup import warm_up
+
+    start = _load(options)[1] if options.model or options.checkpoint else None
+    warm_up(settings.load(SftConfig, options.config, options.overrides), start)
+
+
+def sample(options: argparse.Namespace) -> None:
+    """`policy-split sample`."""
+    from policy_split_jax.rollouts import sample_groups
+    from policy_split_jax.sampler.rollout import Sampling
+
+    policy, params = _load(options)
+    sampler = _sampler(options, policy)
+    modes = _MODES[options.mode]
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_k, options.top_p)
+
+    def answer(rows: list[Row], key: jax.Array) -> Iterator[dict[str, Any]]:
+        groups = sample_groups(
+            params, policy, sampler, rows, per_mode=options.n, key=key, sampling=sampling, modes=modes
+        )
+        for group in groups:
+            for at, rollout in enumerate(group.rollouts):
+                yield {
+                    "question": group.row.question,
+                    "mode": MODE_NAMES[group.modes[at]].replace("_", "-"),
+                    "index": at % options.n,
+                    "text": group.texts[at],
+                    "tokens": rollout.tokens.tolist(),
+                    "logprobs": rollout.logprobs.tolist(),
+                    "finish_reason": rollout.finish_reason,
+                }
+
+    key = jax.random.key(options.seed)
+    if options.prompts is None:
+        _converse(answer, key)
+        return
+    rows = [
+        Row(_text(place, record, "question"), None, "prompts") for place, record in read_records(Path(options.prompts))
+    ]
+    _write_rows(options.output, answer(rows, key))
+
+
+def _converse(answer: Any, key: jax.Array) -> None:
+    """Questions typed by a person, until the input ends."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print("A question a line, both modes answer; Ctrl-D ends. Try: Make 35 from 3, 5, 4.")
+    number = 0
+    while True:
+        try:
+            question = input("question> " if interactive else "").strip()
+        except EOFError:
+            return
+        if question:
+            for row in answer([Row(question, None, "prompt")], jax.random.fold_in(key, number)):
+                print(f"{row['mode']:>12}  {row['text']}")
+            number += 1
+
+
+def score(options: argparse.Namespace) -> None:
+    """`policy-split score`."""
+    from policy_split_jax.evaluation.score_rows import score_answers, score_contexts
+
+    policy, params = _load(options)
+    records = list(read_records(Path(options.input)))
+    run = score_contexts if options.prompt_tokens else score_answers
+    _write_rows(options.output, run(params, policy, records, options.temperature, jnp.dtype(options.dtype)))
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """`policy-split eval`."""
+    from rich.console import Console
+
+    from policy_split_jax.data.dataset import load_rows
+    from policy_split_jax.evaluation.evaluate import evaluate as run
+    from policy_split_jax.evaluation.evaluate import make_scorer
+    from policy_split_jax.rewards import GraderPool
+    from policy_split_jax.sampler.rollout import Sampling
+    from policy_split_jax.training.console import RunDisplay, evaluation_table
+    from policy_split_jax.training.metrics_log import plain_row, write_json
+
+    policy, params = _load(options)
+    embedded = options.data == EMBEDDED
+    rows = load_rows(
+        options.data,
+        question_column=options.question_column,
+        answer_column=options.answer_column,
+        split="test",
+        numbers=options.numbers,
+        count=options.questions,
+    )[: options.questions]
+    grader = options.grader or ("countdown" if embedded else "math")
+    with (
+        GraderPool(grader) as pool,
+        RunDisplay(1, 0) as display,
+        display.phase("samples", len(rows) * 2 * options.k) as progress,
+    ):
+        row, _, _ = run(
+            params,
+            policy,
+            _sampler(options, policy),
+            make_scorer(policy.config, dtype=options.dtype),
+            pool,
+            rows,
+            k=options.k,
+            key=jax.random.key(options.seed),
+            sampling=Sampling(options.max_new_tokens, options.temperature, options.top_k, options.top_p),
+            progress=progress,
+        )
+    Console().print(evaluation_table(row))
+    write_json(Path(options.output), plain_row(row))
+    print(f"written to {options.output}")
+
+
+def export(options: argparse.Namespace) -> None:
+    """`policy-split export`."""
+    policy, params = _load(options)
+    output = Path(options.output)
+    huggingface.save_model(
+        output,
+        params,
+        policy.config,
+        dtype=options.dtype,
+        base_config=huggingface.read_json(policy.folder / "config.json"),
+        generation_config=huggingface.read_json(policy.folder / "generation_config.json")
+        if (policy.folder / "generation_config.json").is_file()
+        else {"eos_token_id": list(policy.stop_ids)},
+        tokenizer_files=policy.folder,
+    )
+    write_prompts(output, policy.prompts)
+    print(f"written to {output}")
+
+
+def report(options: argparse.Namespace) -> None:
+    """`policy-split report RUN [RUN …]`."""
+    from policy_split_jax.report.page import write_report
+
+    runs = [Path(run) for run in options.runs]
+    print(write_report(runs, Path(options.output) if options.output else runs[0] / "report.html"))
+
+
+def _load(options: argparse.Namespace) -> tuple[Policy, qwen3.Params]:
+    """The model that --model or --checkpoint names; the embedded one by default."""
+    if options.checkpoint:
+        from policy_split_jax.training.checkpoint import load_checkpoint_params
+
+        run = Path(options.checkpoint)
+        policy = load_policy(model_folder(str(run / "model")))
+        return policy, load_checkpoint_params(run / "checkpoints", policy.config)
+    policy = load_policy(model_folder(options.model or EMBEDDED))
+    return policy, huggingface.load_params(policy.folder, policy.config)
+
+
+def _sampler(options: argparse.Namespace, policy: Policy) -> Any:
+    from policy_split_jax.sampler.rollout import Sampler
+
+    return Sampler(
+        policy.config,
+        policy.stop_ids,
+        slots=options.slots,
+        max_prompt_tokens=options.max_prompt_tokens,
+        dtype=options.dtype,
+    )
+
+
+def _text(place: str, record: dict[str, Any], column: str) -> str:
+    value = record.get(column)
+    if not isinstance(value, str) or not value.strip():
+        found = ", ".join(map(str, record)) or "none"
+        raise UserError(f"{place}: {column} must be a text; columns found: {found}")
+    return value
+
+
+def _write_rows(output: str | None, rows: Iterable[dict[str, Any]]) -> None:
+    """JSONL to a file, whole or not at all, or to standard output."""
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if output is None:
+        sys.stdout.writelines(lines)
+        return
+    path = Path(output)
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: no such folder; make it or choose another --output")
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+    temporary.replace(path)
+    print(f"written to {path}")

@@ -1,0 +1,360 @@
+"""Every setting of a run: frozen, validated dataclasses, read from YAML with dotted overrides.
+
+An unknown key, a wrong type or a value out of range is one `UserError` that names the file and the key.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from policy_split_jax.errors import UserError
+from policy_split_jax.modes import DEFAULT_HIGH_ENTROPY_PROMPT, ModePrompts
+from policy_split_jax.objective.advantages import AdvantageConfig
+from policy_split_jax.objective.eta import EtaConfig
+from policy_split_jax.objective.losses import Aggregate
+
+EMBEDDED = "embedded"
+
+
+def _require(name: str, value: float, holds: bool, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {value}; it must be {rule}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model is trained."""
+
+    path: str = EMBEDDED
+    """A Hugging Face folder, or `embedded` for the tiny model inside the package."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the activations; parameters and optimizer stay float32."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, or whole layers."""
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """How a question becomes the prompts of both modes."""
+
+    high_entropy: str = DEFAULT_HIGH_ENTROPY_PROMPT
+    """The system prompt of the high-entropy mode."""
+    high_entropy_file: str = ""
+    """Read that prompt from this file instead."""
+    enable_thinking: bool = True
+    """Given to the chat template."""
+    question_template: str = "{question}"
+    """The user turn; `{question}` is replaced."""
+
+    def __post_init__(self) -> None:
+        if "{question}" not in self.question_template:
+            raise ValueError("question_template must contain {question}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Questions to train on and to test on."""
+
+    train: str = EMBEDDED
+    """A .jsonl or .parquet file, or `embedded` for generated countdown puzzles."""
+    test: str = EMBEDDED
+    """The same, for evaluation."""
+    question_column: str = "question"
+    answer_column: str = "answer"
+    numbers: tuple[int, ...] = (3,)
+    """Embedded task: how many numbers a puzzle has; several sizes alternate."""
+    max_number: int = 20
+    """Embedded task: the largest number given."""
+    train_size: int = 4096
+    """Embedded task: number of training puzzles."""
+    test_size: int = 256
+    """Embedded task: number of test puzzles."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """How responses are graded."""
+
+    grader: str = "countdown"
+    """countdown, exact, math, or your own function: `package.module:function` or `file.py:function`."""
+    workers: int = 2
+    """Grader processes (math and your own function)."""
+    time_limit: float = 5.0
+    """Seconds for one answer; a grader that takes longer is killed and its rollout masked."""
+    memory_limit_mb: int = 4096
+    """Memory of one grader process."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Sampling of rollouts during training."""
+
+    questions_per_step: int = 16
+    rollouts_per_mode: int = 4
+    """G/2: how many rollouts of a question each mode samples."""
+    max_prompt_tokens: int = 1024
+    """A longer prompt is an error."""
+    max_new_tokens: int = 1024
+    temperature: float = 1.0
+    """Of sampling; the trainer's log-probabilities use the same."""
+    top_k: int = 0
+    """0 is off. Truncated sampling biases the update: leave it off unless you know why."""
+    top_p: float = 1.0
+    slots: int = 64
+    """Rollouts decoded at once; finished ones make room for waiting ones."""
+    decode_steps: int = 8
+    """Decode steps between two looks of the host."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "questions_per_step", "rollouts_per_mode", "max_prompt_tokens", "max_new_tokens", "slots",
+            "decode_steps",
+        ):  # fmt: skip
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        _require("temperature", self.temperature, self.temperature > 0, "above 0 in training")
+        _require("top_k", self.top_k, self.top_k >= 0, "at least 0")
+        _require("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The clipped surrogate."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    aggregate: Aggregate = "token_mean"
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with gradient clipping. A schedule never depends on the length of the run."""
+
+    learning_rate: float = 3e-6
+    warmup_steps: int = 0
+    """Linear warm-up from 0."""
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    decay_steps: int = 0
+    """Updates after which a decaying rate has reached `final_fraction`."""
+    final_fraction: float = 0.1
+    weight_decay: float = 0.01
+    b1: float = 0.9
+    b2: float = 0.999
+    gradient_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.decay != "constant" and self.decay_steps < 1:
+            raise ValueError(f"decay_steps must be at least 1 when decay is {self.decay}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 78
+    seed: int = 0
+    updates_per_step: int = 1
+    """1: advantages come from the update's own forward pass. More: rollouts are scored first."""
+    microbatch_questions: int = 0
+    """Questions in one forward and backward pass; 0 is all of them. Changes memory, not results."""
+    score_chunk: int = 256
+    """Tokens of each sequence whose logits exist at once."""
+    eval_every: int = 0
+    """Steps between evaluations; 0 evaluates at start and end only."""
+    save_every: int = 10
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = 3
+    sample_questions: int = 2
+    """Questions whose rollouts are written to samples.jsonl each step."""
+    tensorboard: bool = False
+    wandb: bool = False
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation of both modes; its sampling is its own."""
+
+    questions: int = 128
+    """How many test questions; 0 is all."""
+    k: int = 8
+    """Samples of each question in each mode."""
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 0
+    """0: as in training."""
+    seed: int = 1
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A training run; `configs/*.yaml` are examples."""
+
+    name: str
+    output: str = "runs"
+    """The run's folder is `output/name`."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    eta: EtaConfig = field(default_factory=EtaConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        questions = self.rollout.questions_per_step
+        updates = self.train.updates_per_step
+        micro = self.train.microbatch_questions or questions // max(updates, 1)
+        if updates < 1 or questions % updates:
+            raise ValueError(f"train.updates_per_step ({updates}) must divide rollout.questions_per_step ({questions})")
+        if micro < 1 or (questions // updates) % micro:
+            raise ValueError(
+                f"train.microbatch_questions ({micro}) must divide the {questions // updates} questions of an update"
+            )
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output) / self.name
+
+
+@dataclass(frozen=True)
+class SizeConfig:
+    """Sizes of a new Qwen3 model; the vocabulary is the tokenizer's."""
+
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    rope_theta: float = 10_000.0
+
+
+@dataclass(frozen=True)
+class WarmupConfig:
+    """Supervised learning of the embedded task: how the embedded model was made."""
+
+    steps: int = 1000
+    batch_size: int = 256
+    """A multiple of 16, the size of a microbatch."""
+    seed: int = 0
+    high_entropy_fraction: float = 0.5
+    """Share of the examples that are shown under the high-entropy prompt."""
+    log_every: int = 50
+
+    def __post_init__(self) -> None:
+        _require("batch_size", self.batch_size, self.batch_size % 16 == 0, "a multiple of 16")
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """`policy-split sft`: a tiny Qwen3 from nothing to a model that solves part of the embedded task."""
+
+    output: str
+    """The Hugging Face folder to write."""
+    size: SizeConfig = field(default_factory=SizeConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: WarmupConfig = field(default_factory=WarmupConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+Config = TypeVar("Config")
+
+
+def load(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file, applies `section.key=value` overrides, and checks everything."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such configuration file; configs/tiny.yaml is an example")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
+    for override in overrides:
+        _override(tree, override)
+    return from_dict(kind, tree, str(path))
+
+
+def from_dict(kind: type[Config], tree: dict[str, Any], source: str) -> Config:
+    """Builds a configuration from plain values; `source` is named in errors."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    # The wrapping dict lets unknown keys be refused in plain dataclasses.
+    adapter = TypeAdapter(dict[str, kind], config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))  # type: ignore[valid-type]
+    try:
+        return adapter.validate_python({"": tree})[""]
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UserError(f"{source}: {_explain(kind, first)}") from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain values, as they go into a run's config.yaml."""
+    return {
+        item.name: to_dict(value) if is_dataclass(value := getattr(config, item.name)) else _plain(value)
+        for item in fields(config)
+    }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def known_keys(kind: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of every setting."""
+    for item in fields(kind):
+        nested = item.default_factory if is_dataclass(item.default_factory) else None
+        if nested is None:
+            yield prefix + item.name
+        else:
+            yield from known_keys(nested, f"{prefix}{item.name}.")
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: write section.key=value, for example train.steps=10")
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"override {override!r}: {section} is not a section")
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: {text!r} is not a YAML value") from None
+
+
+def _explain(kind: Any, problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"] if part != "")
+    if problem["type"] == "unexpected_keyword_argument":
+        nearest = difflib.get_close_matches(key, list(known_keys(kind)), n=1, cutoff=0.5)
+        return f"unknown key {key}" + (f"; did you mean {nearest[0]}?" if nearest else "")
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    if problem["type"] == "value_error":
+        return f"{key + ': ' if key else ''}{problem['ctx']['error']}"
+    return f"{key} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def mode_prompts(config: PromptConfig) -> ModePrompts:
+    """The prompts of both modes, with the high-entropy prompt read from its file if it has one."""
+    text = config.high_entropy
+    if config.high_entropy_file:
+        path = Path(config.high_entropy_file)
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; prompt.high_entropy_file names a text file")
+        text = path.read_text(encoding="utf-8").strip()
+    return ModePrompts(text, config.enable_thinking, config.question_template)

@@ -1,0 +1,98 @@
+"""Rows to training batches: a grain iterator that repeats, reshuffles every epoch and resumes exactly."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+
+from policy_split_jax.data import countdown
+from policy_split_jax.data.formats import Row, read_rows
+from policy_split_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row and its index among all rows, the same in every process."""
+
+    index: int
+    row: Row
+
+
+def load_rows(
+    source: str | Path,
+    *,
+    question_column: str = "question",
+    answer_column: str = "answer",
+    split: str = "train",
+    numbers: tuple[int, ...] = (3,),
+    count: int = 1000,
+    seed: int = 0,
+    max_number: int = 20,
+) -> list[Row]:
+    """The rows of a file (the columns apply), or of the task "embedded" (the other settings apply).
+
+    Embedded rows have data_source "countdown" and the ground truth {"numbers": [...], "target": ...}.
+    Raises UserError as `formats.read_rows` and `countdown.puzzles` do.
+    """
+    if source != "embedded":
+        return read_rows(source, question_column, answer_column)
+    found = countdown.puzzles(split, numbers=numbers, count=count, seed=seed, max_number=max_number)
+    return [
+        Row(countdown.render(puzzle), countdown.ground_truth(puzzle), "countdown", {"split": split})
+        for puzzle in found
+    ]
+
+
+def make_iterator(
+    rows: Sequence[Row],
+    *,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    shuffle: bool = True,
+) -> grain.DatasetIterator:
+    """Endless lists of batch_size / process_count `Question`s, this process's slice of each global batch.
+
+    The slices of all processes, joined in order, are the batch of a single process. Rows repeat before they
+    are batched: every row comes once an epoch, no batch is partial, and a batch may join two epochs. The
+    state (`state_to_json`) counts global batches, so it also fits another number of processes.
+
+    Raises UserError when the sizes do not fit each other.
+    """
+    _check(len(rows), batch_size, seed, process_index, process_count)
+    share = batch_size // process_count
+    own = slice(process_index * share, (process_index + 1) * share)
+    indices = grain.MapDataset.source(range(len(rows))).seed(seed)
+    if shuffle:
+        indices = indices.shuffle()
+    batches = indices.repeat().batch(batch_size, batch_fn=list)
+    questions = batches.map(lambda batch: [Question(index, rows[index]) for index in batch[own]])
+    # The rows are in memory: threads and a read-ahead buffer would only cost.
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return iter(questions.to_iter_dataset(options))
+
+
+def state_to_json(iterator: grain.DatasetIterator) -> dict[str, Any]:
+    """Where the iterator stands, as a JSON object for a checkpoint."""
+    return dict(iterator.get_state())
+
+
+def restore_state(iterator: grain.DatasetIterator, state: dict[str, Any]) -> None:
+    """Continues where `state` was taken, given an iterator over the same rows, batch size and seed."""
+    iterator.set_state(state)
+
+
+def _check(rows: int, batch_size: int, seed: int, process_index: int, process_count: int) -> None:
+    if not 1 <= batch_size <= rows:
+        raise UserError(f"batch size {batch_size} does not fit {rows} rows; choose one in 1..{rows}")
+    if not 0 <= process_index < process_count:
+        raise UserError(f"process index {process_index} must lie in 0..{process_count - 1}")
+    if batch_size % process_count:
+        raise UserError(
+            f"batch size {batch_size} does not divide among {process_count} processes; choose a multiple"
+        )
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed {seed} must lie in 0..{2**32 - 1}")

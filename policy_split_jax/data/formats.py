@@ -1,0 +1,163 @@
+"""Question files: JSONL and parquet, as plain columns or in verl's layout (chat prompt and reward_model)."""
+
+import codecs
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from policy_split_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question, without any system turn (the modes own that), and what its grader compares with.
+
+    `ground_truth` is any JSON value, as found. `data_source` is the column of that name, else the file's name
+    without its suffix. `extra_info` is verl's column of that name, or the other columns of a plain file.
+    """
+
+    question: str
+    ground_truth: Any
+    data_source: str
+    extra_info: dict[str, Any] = field(default_factory=dict)
+
+
+def read_rows(
+    path: str | Path, question_column: str = "question", answer_column: str = "answer"
+) -> list[Row]:
+    """Reads a `.jsonl` or `.parquet` file.
+
+    A record that has both named columns is plain; otherwise one whose `prompt` is a list of chat messages is
+    in verl's layout (https://verl.readthedocs.io/en/latest/preparation/prepare_data.html): the question is
+    the user's message, the ground truth `reward_model.ground_truth`.
+
+    Raises UserError, naming the file, the line or row (from 1) and the remedy, for whatever does not fit.
+    """
+    path = Path(path)
+    rows = [
+        _row(place, path.stem, record, question_column, answer_column) for place, record in read_records(path)
+    ]
+    if not rows:
+        raise UserError(f"{path}: holds no rows; give a file with at least one question")
+    return rows
+
+
+def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place for error messages, record) of each row of a .jsonl or .parquet file. Raises UserError."""
+    readers = {".jsonl": _jsonl_records, ".parquet": _parquet_records}
+    reader = readers.get(path.suffix)
+    if reader is None:
+        raise UserError(f"{path}: unknown format {path.suffix!r}; question files end in .jsonl or .parquet")
+    try:
+        yield from reader(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
+
+
+def _jsonl_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, record) of each line that is not blank."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if line.strip():
+                place = f"{path}:{number}"
+                yield place, _json_object(place, line)
+
+
+def _json_object(place: str, line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:  # ValueError also for integers of thousands of digits
+        raise UserError(f"{place}: malformed JSON ({error}); write one JSON object per line") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{place}: holds {_kind(record)}; write one JSON object per line")
+    return record
+
+
+def _parquet_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, record) of each row, without holding more than a batch of Arrow memory."""
+    import pyarrow.lib
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", record
+    except pyarrow.lib.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a readable parquet file ({reason}); write it again") from None
+
+
+def _row(place: str, stem: str, record: dict[str, Any], question_column: str, answer_column: str) -> Row:
+    named = (question_column, answer_column)
+    data_source = record.get("data_source") or stem
+    if not isinstance(data_source, str):
+        raise UserError(f"{place}: data_source holds {_kind(data_source)}; it must be text")
+    if not set(named) <= record.keys() and isinstance(record.get("prompt"), list):
+        question = _chat_question(place, record["prompt"])
+        ground_truth = _verl_ground_truth(place, record)
+        extra_info = record.get("extra_info") or {}
+        if not isinstance(extra_info, dict):
+            raise UserError(f"{place}: extra_info holds {_kind(extra_info)}; it must be an object")
+    else:
+        question, ground_truth = (_column(place, record, column) for column in named)
+        extra_info = {key: value for key, value in record.items() if key not in {*named, "data_source"}}
+        _check_question(place, question_column, question)
+    return Row(question, ground_truth, data_source, extra_info)
+
+
+def _column(place: str, record: dict[str, Any], column: str) -> Any:
+    if column not in record:
+        found = ", ".join(map(str, record)) or "none"
+        raise UserError(
+            f"{place}: no column {column!r}; columns found: {found}; set question_column and answer_column"
+        )
+    return record[column]
+
+
+def _check_question(place: str, column: str, question: Any) -> None:
+    if not isinstance(question, str):
+        raise UserError(f"{place}: {column} holds {_kind(question)}; a question must be text")
+    if not question.strip():
+        raise UserError(f"{place}: {column} is empty; remove the row or write the question")
+    try:
+        question.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{place}: {column} holds half a surrogate pair; repair the text") from None
+
+
+def _chat_question(place: str, prompt: list[Any]) -> str:
+    """The one user message of a chat prompt; nothing of a prompt is dropped silently."""
+    if not all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in prompt):
+        raise UserError(f"{place}: prompt must be a list of messages with role and content")
+    roles = [message["role"] for message in prompt]
+    if "system" in roles:
+        raise UserError(
+            f"{place}: prompt has a system message, but the modes own the system turn; "
+            "remove it or move its text into the user message"
+        )
+    if roles != ["user"]:
+        raise UserError(f"{place}: prompt has the roles {roles}; give exactly one user message")
+    question = prompt[0]["content"]
+    _check_question(place, "the user message of prompt", question)
+    return question
+
+
+def _verl_ground_truth(place: str, record: dict[str, Any]) -> Any:
+    reward_model = _column(place, record, "reward_model")
+    if not isinstance(reward_model, dict) or "ground_truth" not in reward_model:
+        raise UserError(f"{place}: reward_model must be an object with ground_truth")
+    return reward_model["ground_truth"]
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in the words of JSON."""
+    names = {type(None): "null", bool: "a boolean", str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), f"{type(value).__name__} {value}")

@@ -1,0 +1,237 @@
+"""Evaluation of both modes: what the graders say, and what the two distributions look like."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+from numpy.typing import DTypeLike
+
+from policy_split_jax.data.formats import Row
+from policy_split_jax.evaluation import metrics
+from policy_split_jax.model import qwen3
+from policy_split_jax.modes import HIGH_ENTROPY, MODE_NAMES, NORMAL
+from policy_split_jax.objective.scorer import TokenScores, score_rollouts
+from policy_split_jax.policy import Policy
+from policy_split_jax.rewards import GraderPool
+from policy_split_jax.rollouts import Group, Progress, grade_groups, no_progress, sample_groups
+from policy_split_jax.sampler.rollout import Sampler, Sampling
+from policy_split_jax.training.batch import Batch, make_batch
+
+CORRECT = 0.5
+"""A reward above this counts as a right answer."""
+
+_SCORED_QUESTIONS = 4
+"""Questions scored at once."""
+
+Row_ = dict[str, Any]
+Scorer = Callable[[qwen3.Params, Batch], TokenScores]
+
+
+@dataclass(frozen=True)
+class GroupScores:
+    """Scores of one question's rollouts under both modes, padding included (nats)."""
+
+    entropy: Float[np.ndarray, "2 G T"]
+    logprobs: Float[np.ndarray, "2 G T"]
+    kl: Float[np.ndarray, "2 G T"]
+
+
+def make_scorer(config: qwen3.Qwen3Config, *, dtype: DTypeLike = jnp.float32, chunk: int = 256) -> Scorer:
+    """A jitted scorer of batches under both modes, at temperature 1, with the exact KL between them."""
+
+    @jax.jit
+    def score(params: qwen3.Params, batch: Batch) -> TokenScores:
+        return score_rollouts(
+            params,
+            batch.prompts,
+            batch.prompt_lengths,
+            batch.responses,
+            batch.response_lengths,
+            config=config,
+            dtype=dtype,
+            chunk=chunk,
+            with_kl=True,
+        )
+
+    return score
+
+
+def score_groups(
+    scorer: Scorer,
+    params: qwen3.Params,
+    groups: Sequence[Group],
+    *,
+    max_prompt_tokens: int,
+    max_new_tokens: int,
+) -> list[GroupScores]:
+    """Scores every rollout under both modes, a few questions at a time, in their order."""
+    scored: list[GroupScores] = []
+    for start in range(0, len(groups), _SCORED_QUESTIONS):
+        part = list(groups[start : start + _SCORED_QUESTIONS])
+        # The last part is filled up, so that one compiled program serves.
+        full = part + [part[-1]] * (_SCORED_QUESTIONS - len(part))
+        batch = make_batch(
+            [group.prompts for group in full],
+            [group.rollouts for group in full],
+            [group.modes for group in full],
+            [[0.0] * len(group.rollouts) for group in full],
+            max_prompt_tokens=max_prompt_tokens,
+            max_new_tokens=max_new_tokens,
+        )
+        scores = jax.device_get(scorer(params, batch))
+        scored += [
+            GroupScores(scores.entropy[:, at], scores.logprobs[:, at], scores.kl[:, at]) for at in range(len(part))
+        ]
+    return scored
+
+
+def rewards_of(groups: Sequence[Group], mode: int) -> Float[np.ndarray, "Q n"]:
+    """One mode's rewards; NaN where grading failed."""
+    return np.array(
+        [
+            [np.nan if grade.score is None else grade.score for grade, own in _of_mode(group, group.grades, mode)]
+            for group in groups
+        ],
+        np.float64,
+    )
+
+
+def _of_mode(group: Group, values: Sequence[Any], mode: int) -> list[tuple[Any, int]]:
+    return [(value, own) for value, own in zip(values, group.modes, strict=True) if own == mode]
+
+
+def _correct(rewards: Float[np.ndarray, "Q n"]) -> Float[np.ndarray, "Q n"]:
+    return np.where(np.isnan(rewards), np.nan, rewards > CORRECT)
+
+
+def _answers(groups: Sequence[Group], mode: int) -> list[list[str | None]]:
+    """What each rollout answered, for votes and for counting different answers: the canonical form of a right
+    answer, the text of a wrong one."""
+    return [
+        [
+            grade.canonical if grade.canonical is not None else f"text {text.strip().splitlines()[-1:]}"
+            for (grade, text), _ in _of_mode(group, list(zip(group.grades, group.texts, strict=True)), mode)
+        ]
+        for group in groups
+    ]
+
+
+def outcome_metrics(groups: Sequence[Group]) -> Row_:
+    """What the graders and lengths say, per mode and across modes; for training steps and evaluations."""
+    rewards = [rewards_of(groups, mode) for mode in (NORMAL, HIGH_ENTROPY)]
+    correct = [_correct(values) for values in rewards]
+    answers = [_answers(groups, mode) for mode in (NORMAL, HIGH_ENTROPY)]
+    row: Row_ = {}
+    for mode, name in enumerate(MODE_NAMES):
+        rollouts = [r for group in groups for r, _ in _of_mode(group, group.rollouts, mode)]
+        row[f"reward/{name}"] = metrics.average_at_k(rewards[mode])
+        row[f"accuracy/{name}"] = metrics.average_at_k(correct[mode])
+        row[f"response_length/{name}"] = float(np.mean([len(r.tokens) for r in rollouts]))
+        row[f"truncated/{name}"] = float(np.mean([r.finish_reason == "length" for r in rollouts]))
+        row[f"best_of_k/{name}"] = metrics.best_of_k(rewards[mode])
+        row[f"distinct_correct/{name}"] = metrics.distinct_correct(answers[mode], correct[mode])
+    both = [[*first, *second] for first, second in zip(*answers, strict=True)]
+    row["best_of_k/both"] = metrics.best_of_k(np.concatenate(rewards, axis=1))
+    row["distinct_correct/both"] = metrics.distinct_correct(both, np.concatenate(correct, axis=1))
+    row["only_high_entropy_solved"] = metrics.only_second_solved(*correct)
+    row["grader/failed"] = sum(grade.score is None for group in groups for grade in group.grades)
+    return row
+
+
+def pass_metrics(groups: Sequence[Group], k: int) -> Row_:
+    """pass@1, 2, 4, … up to k and maj@k, per mode and with both modes sharing the k samples."""
+    correct = [_correct(rewards_of(groups, mode)) for mode in (NORMAL, HIGH_ENTROPY)]
+    answers = [_answers(groups, mode) for mode in (NORMAL, HIGH_ENTROPY)]
+    row: Row_ = {}
+    for mode, name in enumerate(MODE_NAMES):
+        row[f"maj@{k}/{name}"] = metrics.majority_at_k(answers[mode], correct[mode])
+        for size in _powers_of_two(k):
+            row[f"pass@{size}/{name}"] = metrics.pass_at_k(correct[mode], size)
+    for size in _powers_of_two(k)[1:]:
+        row[f"pass@{size}/both"] = metrics.pass_at_k_split(*correct, size)
+    both = [[*first, *second] for first, second in zip(*answers, strict=True)]
+    row[f"maj@{k}/both"] = metrics.majority_at_k(both, np.concatenate(correct, axis=1))
+    return row
+
+
+def _powers_of_two(k: int) -> list[int]:
+    return [size for size in (2**power for power in range(k.bit_length())) if size <= k]
+
+
+def distribution_metrics(groups: Sequence[Group], scores: Sequence[GroupScores]) -> Row_:
+    """Exact entropies and inter-mode KL, means over tokens: each mode on its own rollouts (nats, and bits)."""
+    row: Row_ = {}
+    kl_names = {NORMAL: "kl/normal_to_high_entropy", HIGH_ENTROPY: "kl/high_entropy_to_normal"}
+    for mode, name in enumerate(MODE_NAMES):
+        entropy, kl = [], []
+        for group, score in zip(groups, scores, strict=True):
+            own = _own_tokens(group, mode, score.entropy.shape[-1])
+            entropy.append(score.entropy[mode][own])
+            kl.append(score.kl[mode][own])
+        row[f"entropy/{name}"] = float(np.concatenate(entropy).mean(dtype=np.float64))
+        row[f"entropy_bits/{name}"] = row[f"entropy/{name}"] / float(np.log(2))
+        row[kl_names[mode]] = float(np.concatenate(kl).mean(dtype=np.float64))
+    return row
+
+
+def _own_tokens(group: Group, mode: int, width: int) -> Bool[np.ndarray, "G T"]:
+    sizes: Int[np.ndarray, "G"] = np.array([len(rollout.tokens) for rollout in group.rollouts])
+    own = np.array(group.modes) == mode
+    return (np.arange(width) < sizes[:, None]) & own[:, None]
+
+
+def sample_rows(groups: Sequence[Group], scores: Sequence[GroupScores] | None = None) -> list[Row_]:
+    """Rollouts as rows of samples.jsonl; with the mean entropy of each where it was scored."""
+    rows = []
+    for at, group in enumerate(groups):
+        counts = dict.fromkeys(group.modes, 0)
+        for index, (rollout, mode) in enumerate(zip(group.rollouts, group.modes, strict=True)):
+            own = None if scores is None else scores[at].entropy[mode, index, : len(rollout.tokens)]
+            rows.append(
+                {
+                    "question": group.row.question,
+                    "mode": MODE_NAMES[mode],
+                    "index": counts[mode],
+                    "text": group.texts[index],
+                    "reward": group.grades[index].score,
+                    "finish_reason": rollout.finish_reason,
+                    "entropy": None if own is None else float(own.mean()),
+                }
+            )
+            counts[mode] += 1
+    return rows
+
+
+def evaluate(
+    params: qwen3.Params,
+    policy: Policy,
+    sampler: Sampler,
+    scorer: Scorer,
+    pool: GraderPool,
+    rows: Sequence[Row],
+    *,
+    k: int,
+    key: Key[Array, ""],
+    sampling: Sampling,
+    progress: Progress = no_progress,
+) -> tuple[Row_, list[Group], list[GroupScores]]:
+    """Samples, grades and scores k answers to every question in both modes; one row of metrics."""
+    started = time.perf_counter()
+    groups = sample_groups(params, policy, sampler, rows, per_mode=k, key=key, sampling=sampling, progress=progress)
+    grade_groups(pool, groups)
+    score = partial(
+        score_groups,
+        max_prompt_tokens=sampler.max_prompt_tokens,
+        max_new_tokens=sampling.max_new_tokens,
+    )
+    scores = score(scorer, params, groups)
+    row = {"k": k, "questions": len(rows)}
+    row |= outcome_metrics(groups) | pass_metrics(groups, k) | distribution_metrics(groups, scores)
+    row["time/eval"] = time.perf_counter() - started
+    return row, groups, scores

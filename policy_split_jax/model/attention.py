@@ -1,0 +1,34 @@
+"""Attention over keys and values, with grouped query heads; the one place that computes it."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+# A finite stand-in for minus infinity: a row that may attend to nothing gives a uniform average, never NaN.
+_MASKED_SCORE = -1e30
+
+
+def attention(
+    queries: Float[Array, "B T N H"],
+    keys: Float[Array, "B S K H"],
+    values: Float[Array, "B S K H"],
+    mask: Bool[Array, "B T S"],
+) -> Float[Array, "B T N H"]:
+    """softmax(QKᵀ/√H)V, each of the K kv heads serving N/K query heads. Softmax in float32.
+
+    `mask[b, t, s]` is true where query t may see key s.
+    """
+    batch, length, heads, head_dim = queries.shape
+    kv_heads = keys.shape[2]
+    grouped = queries.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, _MASKED_SCORE)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    mixed = jnp.einsum("bkgts,bskh->btkgh", weights, values)
+    return mixed.reshape(batch, length, heads, head_dim)
+
+
+def causal_mask(valid: Bool[Array, "B T"]) -> Bool[Array, "B T T"]:
+    """Each position sees the valid positions up to itself; padding is seen by nobody."""
+    length = valid.shape[1]
+    return jnp.tril(jnp.ones((length, length), bool))[None] & valid[:, None, :]

@@ -1,0 +1,329 @@
+"""Qwen3 dense (https://arxiv.org/abs/2505.09388): the only Flax file.
+
+Each weight is declared once, in an NNX module, with its shape, logical axes and initialiser. Outside this
+file parameters are a plain nested dict of arrays with the layers stacked on axis 0, and the functions below
+are pure: `forward` for training, `prefill` and `decode` for sampling. The language-model head stays outside
+them, so that nobody builds logits of a whole batch by accident.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+from numpy.typing import DTypeLike
+
+from policy_split_jax.model.attention import attention, causal_mask
+from policy_split_jax.model.cache import Cache, LayerCache, attend_cached
+
+Params = Mapping[str, Any]
+Rotary = tuple[Float[Array, "B T 1 J"], Float[Array, "B T 1 J"]]
+# Attention as a layer sees it: (queries, keys, values) -> (mixed values, whatever the caller keeps).
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+
+REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclass(frozen=True)
+class Qwen3Config:
+    """Sizes of a dense Qwen3 model, named as in Hugging Face's config.json where it has a name."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary embeddings pair its halves")
+
+
+def _weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int) -> nnx.Param:
+    """A matrix, drawn from a normal distribution of standard deviation fan_in^-1/2."""
+    return nnx.Param(jax.random.normal(rngs.params(), shape) * fan_in**-0.5, axes=axes)
+
+
+def _scale(size: int, axis: str) -> nnx.Param:
+    return nnx.Param(jnp.ones((size,)), axes=(axis,))
+
+
+class Norm(nnx.Module):
+    """RMS normalisation over the model dimension."""
+
+    def __init__(self, config: Qwen3Config):
+        self.scale = _scale(config.hidden_size, "embed")
+        self.eps = config.rms_norm_eps
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return rms_norm(x, self.scale[...], self.eps)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with RMS-normalised queries and keys."""
+
+    def __init__(self, config: Qwen3Config, rngs: nnx.Rngs):
+        model, heads, kv_heads, head = (
+            config.hidden_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+        )
+        self.q = _weight(rngs, (model, heads, head), ("embed", "heads", "head_dim"), model)
+        self.k = _weight(rngs, (model, kv_heads, head), ("embed", "kv_heads", "head_dim"), model)
+        self.v = _weight(rngs, (model, kv_heads, head), ("embed", "kv_heads", "head_dim"), model)
+        self.o = _weight(rngs, (heads, head, model), ("heads", "head_dim", "embed"), heads * head)
+        self.q_norm = _scale(head, "head_dim")
+        self.k_norm = _scale(head, "head_dim")
+        self.eps = config.rms_norm_eps
+
+    def __call__(self, x: Float[Array, "B T D"], rotary: Rotary, attend: Attend) -> tuple[Float[Array, "B T D"], Any]:
+        queries = jnp.einsum("btd,dnh->btnh", x, self.q[...])
+        keys = jnp.einsum("btd,dkh->btkh", x, self.k[...])
+        values = jnp.einsum("btd,dkh->btkh", x, self.v[...])
+        queries = rotate(rms_norm(queries, self.q_norm[...], self.eps), rotary)
+        keys = rotate(rms_norm(keys, self.k_norm[...], self.eps), rotary)
+        mixed, kept = attend(queries, keys, values)
+        return jnp.einsum("btnh,nhd->btd", mixed, self.o[...]), kept
+
+
+class MLP(nnx.Module):
+    """SwiGLU (https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, config: Qwen3Config, rngs: nnx.Rngs):
+        model, hidden = config.hidden_size, config.intermediate_size
+        self.gate = _weight(rngs, (model, hidden), ("embed", "mlp"), model)
+        self.up = _weight(rngs, (model, hidden), ("embed", "mlp"), model)
+        self.down = _weight(rngs, (hidden, model), ("mlp", "embed"), hidden)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return (jax.nn.silu(x @ self.gate[...]) * (x @ self.up[...])) @ self.down[...]
+
+
+class Layer(nnx.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, config: Qwen3Config, rngs: nnx.Rngs):
+        self.attn_norm = Norm(config)
+        self.attn = Attention(config, rngs)
+        self.mlp_norm = Norm(config)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], rotary: Rotary, attend: Attend) -> tuple[Float[Array, "B T D"], Any]:
+        mixed, kept = self.attn(self.attn_norm(x), rotary, attend)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), kept
+
+
+class Embed(nnx.Module):
+    """The token embedding; also the head of a model with tied embeddings."""
+
+    def __init__(self, config: Qwen3Config, rngs: nnx.Rngs):
+        shape = (config.vocab_size, config.hidden_size)
+        self.embedding = _weight(rngs, shape, ("vocab", "embed"), config.hidden_size)
+
+
+class Head(nnx.Module):
+    """The language-model head of a model with untied embeddings."""
+
+    def __init__(self, config: Qwen3Config, rngs: nnx.Rngs):
+        shape = (config.hidden_size, config.vocab_size)
+        self.kernel = _weight(rngs, shape, ("embed", "vocab"), config.hidden_size)
+
+
+class Ends(nnx.Module):
+    """What stands before and after the layers."""
+
+    def __init__(self, config: Qwen3Config, rngs: nnx.Rngs):
+        self.embed = Embed(config, rngs)
+        self.final_norm = Norm(config)
+        if not config.tie_embeddings:
+            self.lm_head = Head(config, rngs)
+
+
+def rms_norm(x: Float[Array, "... H"], scale: Float[Array, "H"], eps: float) -> Float[Array, "... H"]:
+    """Root-mean-square normalisation, in float32 (https://arxiv.org/abs/1910.07467)."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
+    return wide.astype(x.dtype) * scale
+
+
+def rotary_embedding(positions: Int[Array, "B T"], head_dim: int, theta: float) -> Rotary:
+    """Cosines and sines of the rotary embedding (https://arxiv.org/abs/2104.09864), in float32."""
+    frequency = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = positions[:, :, None, None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Float[Array, "B T N H"], rotary: Rotary) -> Float[Array, "B T N H"]:
+    """Rotates each pair (i, i + H/2) of a head by its position's angle."""
+    cosine, sine = rotary
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    return turned.astype(x.dtype)
+
+
+@cache
+def _layer_graph(config: Qwen3Config) -> nnx.GraphDef:
+    """The static half of one layer; its weights are joined to it where it is applied."""
+    return nnx.graphdef(nnx.eval_shape(lambda: Layer(config, nnx.Rngs(0))))
+
+
+@cache
+def _final_norm_graph(config: Qwen3Config) -> nnx.GraphDef:
+    return nnx.graphdef(nnx.eval_shape(lambda: Norm(config)))
+
+
+def init_params(config: Qwen3Config, key: Key[Array, ""]) -> dict[str, Any]:
+    """Random parameters in float32; the tree's shapes are those of `abstract_params`."""
+    ends_key, layers_key = jax.random.split(key)
+    ends = nnx.to_pure_dict(nnx.state(Ends(config, nnx.Rngs(params=ends_key))))
+
+    def layer(layer_key: Key[Array, ""]) -> dict[str, Any]:
+        return nnx.to_pure_dict(nnx.state(Layer(config, nnx.Rngs(params=layer_key))))
+
+    return {**ends, "layers": jax.vmap(layer)(jax.random.split(layers_key, config.num_layers))}
+
+
+def abstract_params(config: Qwen3Config) -> dict[str, Any]:
+    """The parameter tree as `jax.ShapeDtypeStruct`: no memory, no computation."""
+    return jax.eval_shape(partial(init_params, config), jax.random.key(0))
+
+
+def logical_axes(config: Qwen3Config) -> dict[str, Any]:
+    """The parameter tree with each array's logical axes: vocab, embed, heads, kv_heads, head_dim, mlp, layers."""
+
+    def axes(module: Callable[[], nnx.Module], prefix: tuple[str, ...]) -> dict[str, Any]:
+        state = nnx.state(nnx.eval_shape(module))
+        named = jax.tree.map(
+            lambda variable: nnx.Variable(prefix + variable.axes),
+            state,
+            is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+        )
+        return nnx.to_pure_dict(named)
+
+    ends = axes(lambda: Ends(config, nnx.Rngs(0)), ())
+    return {**ends, "layers": axes(lambda: Layer(config, nnx.Rngs(0)), ("layers",))}
+
+
+def _embed(params: Params, tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
+    return params["embed"]["embedding"][tokens].astype(dtype)
+
+
+def _cast(params: Any, dtype: DTypeLike) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def _final_norm(params: Params, x: Float[Array, "B T D"], config: Qwen3Config) -> Float[Array, "B T D"]:
+    weights = _cast(params["final_norm"], x.dtype)
+    return nnx.merge(_final_norm_graph(config), weights)(x)
+
+
+def forward(
+    params: Params,
+    tokens: Int[Array, "B T"],
+    *,
+    config: Qwen3Config,
+    valid: Bool[Array, "B T"],
+    dtype: DTypeLike = jnp.float32,
+    remat: str = "none",
+) -> Float[Array, "B T D"]:
+    """Final hidden states of whole sequences, for training and scoring.
+
+    `valid` marks real tokens; padding may stand anywhere, takes no position and is seen by nobody. `dtype` is
+    the activations' type; norms and softmax are in float32. `remat` says what the backward pass finds saved
+    of each layer: "none" recomputes nothing, "dots" all but the matrix products, "full" the whole layer.
+    """
+    positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+    rotary = rotary_embedding(positions, config.head_dim, config.rope_theta)
+    mask = causal_mask(valid)
+
+    def attend(queries: Array, keys: Array, values: Array) -> tuple[Array, None]:
+        return attention(queries, keys, values, mask), None
+
+    @partial(jax.checkpoint, policy=REMAT_POLICIES[remat])
+    def block(x: Array, weights: Params) -> tuple[Array, None]:
+        layer = nnx.merge(_layer_graph(config), _cast(weights, dtype))
+        return layer(x, rotary, attend)
+
+    x, _ = jax.lax.scan(block, _embed(params, tokens, dtype), params["layers"])
+    return _final_norm(params, x, config)
+
+
+def prefill(
+    params: Params, tokens: Int[Array, "B T"], *, config: Qwen3Config, dtype: DTypeLike = jnp.float32
+) -> LayerCache:
+    """Keys and values of right-padded prompts, each array stacked over layers [L, B, T, K, H].
+
+    What follows a prompt's true length is garbage that decoding never sees.
+    """
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    rotary = rotary_embedding(positions, config.head_dim, config.rope_theta)
+    mask = causal_mask(jnp.ones(tokens.shape, bool))
+
+    def attend(queries: Array, keys: Array, values: Array) -> tuple[Array, LayerCache]:
+        return attention(queries, keys, values, mask), LayerCache(keys, values)
+
+    def block(x: Array, weights: Params) -> tuple[Array, LayerCache]:
+        return nnx.merge(_layer_graph(config), _cast(weights, dtype))(x, rotary, attend)
+
+    _, kept = jax.lax.scan(block, _embed(params, tokens, dtype), params["layers"])
+    return kept
+
+
+def unstack_layers(params: Params, config: Qwen3Config, dtype: DTypeLike) -> list[Params]:
+    """The layers' weights one by one, cast: taken out before a decoding loop, so the loop slices nothing."""
+    layers = _cast(params["layers"], dtype)
+    return [jax.tree.map(lambda leaf, at=at: leaf[at], layers) for at in range(config.num_layers)]
+
+
+def decode(
+    params: Params,
+    layers: list[Params],
+    cache: Cache,
+    tokens: Int[Array, "B"],
+    positions: Int[Array, "B"],
+    *,
+    config: Qwen3Config,
+    dtype: DTypeLike = jnp.float32,
+) -> tuple[Float[Array, "B D"], Cache]:
+    """One token of each slot: its final hidden state and the cache with its keys and values.
+
+    `layers` comes from `unstack_layers`. The loop over layers is unrolled: see `model/cache.py`.
+    """
+    rotary = rotary_embedding(positions[:, None], config.head_dim, config.rope_theta)
+    x = _embed(params, tokens[:, None], dtype)
+    updated = []
+    for weights, layer_cache in zip(layers, cache, strict=True):
+        layer = nnx.merge(_layer_graph(config), weights)
+        x, layer_cache = layer(x, rotary, partial(attend_cached, layer_cache, positions))
+        updated.append(layer_cache)
+    return _final_norm(params, x, config)[:, 0], tuple(updated)
+
+
+def lm_head(params: Params, config: Qwen3Config) -> Float[Array, "D V"]:
+    """The matrix from hidden states to logits."""
+    if config.tie_embeddings:
+        return params["embed"]["embedding"].T
+    return params["lm_head"]["kernel"]
+
+
+def logits(params: Params, hidden: Float[Array, "... D"], config: Qwen3Config) -> Float[Array, "... V"]:
+    """Logits in float32. Training never calls this for a whole batch: see `objective/scorer.py`."""
+    head = lm_head(params, config).astype(hidden.dtype)
+    return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)

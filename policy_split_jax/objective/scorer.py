@@ -1,0 +1,138 @@
+"""Log-probabilities, exact entropies and exact KL divergences of given tokens, in chunks over the sequence.
+
+The language-model head is applied inside each chunk and recomputed in the backward pass, so that logits of a
+whole batch `[B, T, V]` never exist.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+from numpy.typing import DTypeLike
+
+from policy_split_jax.model import qwen3
+
+
+class TokenScores(NamedTuple):
+    """Of each response token under each of M contexts (the modes, where there are two)."""
+
+    logprobs: Float[Array, "M B T"]
+    """Log-probability of the token, at the scorer's temperature (nats)."""
+    entropy: Float[Array, "M B T"]
+    """Shannon entropy of the whole next-token distribution (nats)."""
+    kl: Float[Array, "M B T"] | None
+    """KL(π_m ‖ π_other) of the next-token distributions (nats); None unless asked for."""
+
+
+def _divergence(logp: Float[Array, "2 B C V"]) -> Float[Array, "2 B C"]:
+    """KL of each of two distributions to the other one."""
+    return jnp.sum(jnp.exp(logp) * (logp - logp[::-1]), axis=-1)
+
+
+def _score_chunk(
+    head: Float[Array, "D V"],
+    hidden: Float[Array, "M B C D"],
+    targets: Int[Array, "B C"],
+    temperature: float,
+    with_kl: bool,
+) -> TokenScores:
+    logits = jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32) / temperature
+    logp = jax.nn.log_softmax(logits, axis=-1)
+    # A one-hot sum, not a gather: its gradient is a product too, and it shards over the vocabulary.
+    chosen = targets[..., None] == jnp.arange(logp.shape[-1])
+    logprobs = jnp.sum(jnp.where(chosen, logp, 0.0), axis=-1)
+    entropy = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+    return TokenScores(logprobs, entropy, _divergence(logp) if with_kl else None)
+
+
+def score_hidden(
+    head: Float[Array, "D V"],
+    hidden: Float[Array, "M B T D"],
+    targets: Int[Array, "B T"],
+    *,
+    temperature: float = 1.0,
+    chunk: int = 256,
+    with_kl: bool = False,
+) -> TokenScores:
+    """Scores `targets`, given the hidden states that predict them.
+
+    `hidden[m, b, t]` is the state *before* target t (`score_rollouts` makes that shift). `chunk` is the number
+    of tokens of each sequence handled at once. `with_kl` needs M = 2.
+    """
+    length = targets.shape[1]
+    size = min(chunk, length)
+    chunks = -(-length // size)
+    padding = chunks * size - length
+    hidden = jnp.pad(hidden, ((0, 0), (0, 0), (0, padding), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, padding)))
+    # The chunk axis goes first, for the loop.
+    hidden_chunks = jnp.moveaxis(hidden.reshape(*hidden.shape[:2], chunks, size, hidden.shape[-1]), 2, 0)
+    target_chunks = jnp.moveaxis(targets.reshape(targets.shape[0], chunks, size), 1, 0)
+
+    score = jax.checkpoint(partial(_score_chunk, head, temperature=temperature, with_kl=with_kl))
+    scores = jax.lax.map(lambda pair: score(*pair), (hidden_chunks, target_chunks))
+
+    def join(values: Float[Array, "N M B C"]) -> Float[Array, "M B T"]:
+        whole = jnp.moveaxis(values, 0, 2)
+        return whole.reshape(*whole.shape[:2], chunks * size)[..., :length]
+
+    return jax.tree.map(join, scores)
+
+
+def score_rollouts(
+    params: qwen3.Params,
+    prompts: Int[Array, "P M S"],
+    prompt_lengths: Int[Array, "P M"],
+    responses: Int[Array, "P G T"],
+    response_lengths: Int[Array, "P G"],
+    *,
+    config: qwen3.Qwen3Config,
+    dtype: DTypeLike = jnp.float32,
+    remat: str = "none",
+    temperature: float = 1.0,
+    chunk: int = 256,
+    with_kl: bool = False,
+) -> TokenScores:
+    """Scores every rollout after each of its question's M prompts; arrays [M, P, G, T].
+
+    Prompts are padded on the left, responses on the right, so that the responses of all sequences lie in the
+    same columns. The state before a token predicts it: this slice is the project's only next-token shift.
+    Scores of padding are finite and mean nothing.
+    """
+    questions, contexts, width = prompts.shape
+    group, length = responses.shape[1:]
+    tokens, valid = join_sequences(prompts, prompt_lengths, responses, response_lengths)
+    hidden = qwen3.forward(params, tokens, config=config, valid=valid, dtype=dtype, remat=remat)
+    before = hidden[:, width - 1 : width - 1 + length]
+    scores = score_hidden(
+        qwen3.lm_head(params, config),
+        before.reshape(contexts, questions * group, length, -1),
+        responses.reshape(questions * group, length),
+        temperature=temperature,
+        chunk=chunk,
+        with_kl=with_kl,
+    )
+    return jax.tree.map(lambda values: values.reshape(contexts, questions, group, length), scores)
+
+
+def join_sequences(
+    prompts: Int[Array, "P M S"],
+    prompt_lengths: Int[Array, "P M"],
+    responses: Int[Array, "P G T"],
+    response_lengths: Int[Array, "P G"],
+) -> tuple[Int[Array, "B W"], Bool[Array, "B W"]]:
+    """Every response after every prompt of its question: tokens and validity, B = M·P·G, W = S + T."""
+    questions, contexts, width = prompts.shape
+    group, length = responses.shape[1:]
+    outer = (contexts, questions, group)
+
+    def join(left: Array, right: Array) -> Array:
+        left = jnp.broadcast_to(jnp.moveaxis(left, 1, 0)[:, :, None], (*outer, width))
+        right = jnp.broadcast_to(right[None], (*outer, length))
+        return jnp.concatenate([left, right], axis=-1).reshape(-1, width + length)
+
+    prompt_valid = jnp.arange(width) >= width - prompt_lengths[..., None]
+    response_valid = jnp.arange(length) < response_lengths[..., None]
+    return join(prompts, responses), join(prompt_valid, response_valid)

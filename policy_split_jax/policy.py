@@ -1,0 +1,80 @@
+"""A model folder as a policy: configuration, tokenizer, stop tokens and the prompts of both modes."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from policy_split_jax.config import EMBEDDED
+from policy_split_jax.errors import UserError
+from policy_split_jax.model import huggingface
+from policy_split_jax.model.qwen3 import Qwen3Config
+from policy_split_jax.modes import ModePrompts, decode_response
+
+PROMPTS_FILE = "policy_split.json"
+"""Beside a model's own files: the prompts that its modes were trained with."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Everything of a model but its weights."""
+
+    folder: Path
+    """The Hugging Face folder that it came from."""
+    config: Qwen3Config
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+    prompts: ModePrompts
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """A rollout's text, without its stop token."""
+        return decode_response(self.tokenizer, [int(token) for token in tokens], self.stop_ids)
+
+
+def model_folder(path: str) -> Path:
+    """The folder of a `model.path` setting: the embedded model's, or the one named."""
+    if path == EMBEDDED:
+        return Path(str(resources.files("policy_split_jax") / "assets" / "tiny_qwen3"))
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{path}: no config.json there; give a Hugging Face model folder or 'embedded'")
+    return folder
+
+
+def load_policy(folder: Path, prompts: ModePrompts | None = None) -> Policy:
+    """Reads a model folder; the prompts are the folder's own (`policy_split.json`) unless given."""
+    return Policy(
+        folder=folder,
+        config=huggingface.load_config(folder),
+        tokenizer=huggingface.load_tokenizer(folder),
+        stop_ids=huggingface.load_generation_config(folder).stop_ids,
+        prompts=_read_prompts(folder) if prompts is None else prompts,
+    )
+
+
+def copy_policy_files(policy: Policy, folder: Path) -> None:
+    """Writes all of a policy but its weights, so that a run's folder needs no other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (*huggingface.TOKENIZER_FILES, "config.json", "generation_config.json"):
+        if (policy.folder / name).is_file():
+            shutil.copyfile(policy.folder / name, folder / name)
+    write_prompts(folder, policy.prompts)
+
+
+def write_prompts(folder: Path, prompts: ModePrompts) -> None:
+    """Records the prompts of both modes beside a model."""
+    text = json.dumps(asdict(prompts), indent=2, ensure_ascii=False)
+    (folder / PROMPTS_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _read_prompts(folder: Path) -> ModePrompts:
+    path = folder / PROMPTS_FILE
+    if not path.is_file():
+        return ModePrompts()
+    try:
+        return ModePrompts(**huggingface.read_json(path))
+    except TypeError as error:
+        raise UserError(f"{path}: {error}; it holds high_entropy, enable_thinking, question_template") from None

@@ -1,0 +1,106 @@
+"""From questions to graded rollouts of both modes: what training and evaluation share."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+from jaxtyping import Array, Key
+
+from policy_split_jax.data.formats import Row
+from policy_split_jax.errors import UserError
+from policy_split_jax.model import qwen3
+from policy_split_jax.modes import HIGH_ENTROPY, NORMAL, render_both
+from policy_split_jax.policy import Policy
+from policy_split_jax.rewards import Grade, GradeItem, GraderPool
+from policy_split_jax.sampler.rollout import Prompt, Rollout, Sampler, Sampling, rollout_keys
+
+Progress = Callable[[int], None]
+
+
+def no_progress(finished: int) -> None:
+    """Shows nothing."""
+
+
+@dataclass
+class Group:
+    """A question and all of its rollouts; the lists run over the rollouts."""
+
+    row: Row
+    prompts: tuple[list[int], list[int]]
+    """The question's prompt in each mode."""
+    rollouts: list[Rollout]
+    modes: list[int]
+    """The mode that sampled each rollout."""
+    texts: list[str]
+    grades: list[Grade] = field(default_factory=list)
+
+
+def sample_groups(
+    params: qwen3.Params,
+    policy: Policy,
+    sampler: Sampler,
+    rows: Sequence[Row],
+    *,
+    per_mode: int,
+    key: Key[Array, ""],
+    sampling: Sampling,
+    modes: Sequence[int] = (NORMAL, HIGH_ENTROPY),
+    progress: Progress = no_progress,
+) -> list[Group]:
+    """Samples `per_mode` rollouts of every question in each of `modes`, all in one batched generate.
+
+    A rollout depends on the key, the question's place in `rows`, its mode and its index, not on `per_mode`.
+    Raises UserError naming a question whose prompt is too long.
+    """
+    prompts = [_render(policy, row, sampler.max_prompt_tokens) for row in rows]
+    questions = np.repeat(np.arange(len(rows)), len(modes))
+    keys = rollout_keys(key, questions, np.tile(np.array(modes), len(rows)), per_mode)
+    requests = [
+        Prompt(prompts[at][mode], keys[at * len(modes) + place])
+        for at in range(len(rows))
+        for place, mode in enumerate(modes)
+    ]
+    sampled = sampler(params, requests, sampling, progress)
+    groups = []
+    for at, row in enumerate(rows):
+        by_mode = sampled[at * len(modes) : (at + 1) * len(modes)]
+        rollouts = [rollout for answers in by_mode for rollout in answers]
+        groups.append(
+            Group(
+                row,
+                prompts[at],
+                rollouts,
+                [mode for mode in modes for _ in range(per_mode)],
+                [policy.text(rollout.tokens) for rollout in rollouts],
+            )
+        )
+    return groups
+
+
+def grade_groups(pool: GraderPool, groups: Sequence[Group]) -> None:
+    """Grades every rollout, in place."""
+    items = [
+        GradeItem(text, group.row.ground_truth, group.row.data_source, group.row.extra_info)
+        for group in groups
+        for text in group.texts
+    ]
+    grades = iter(pool.grade(items))
+    for group in groups:
+        group.grades = [next(grades) for _ in group.texts]
+
+
+def _render(policy: Policy, row: Row, limit: int) -> tuple[list[int], list[int]]:
+    prompts = render_both(policy.tokenizer, row.question, policy.prompts)
+    longest = max(map(len, prompts))
+    if longest > limit:
+        raise UserError(
+            f"the question {row.question[:60]!r} makes a prompt of {longest} tokens, the limit is {limit}; "
+            "raise rollout.max_prompt_tokens or leave the question out"
+        )
+    return prompts
+
+
+def step_key(key: Key[Array, ""], step: int) -> Key[Array, ""]:
+    """The key of everything random in one training step."""
+    return jax.random.fold_in(key, step)

@@ -1,0 +1,179 @@
+"""Generation over slots, in JetStream's shape: pure functions of a static, donated state.
+
+`prefill` computes the keys and values of prompts, `insert` puts them into slots (one prompt into as many
+slots as it has rollouts), `generate` decodes all slots for a few steps. A slot's rollout depends on its
+prompt, key and settings alone: not on its slot, its neighbours, padding or how often the host looks.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+from numpy.typing import DTypeLike
+
+from policy_split_jax.model import qwen3
+from policy_split_jax.model.cache import Cache, LayerCache, init_cache
+from policy_split_jax.sampler.sampling import SamplingSettings, sample, token_keys
+
+
+class Prefix(NamedTuple):
+    """The computed prompts of R rows."""
+
+    kv: LayerCache
+    """Keys and values of all layers, [L, R, S, K, H]."""
+    last_tokens: Int[Array, "R"]
+    true_lengths: Int[Array, "R"]
+
+
+class SlotRequest(NamedTuple):
+    """What `insert` puts into slots besides the prompt; each array has one entry an insertion."""
+
+    keys: Key[Array, "I"]
+    settings: SamplingSettings
+    limits: Int[Array, "I"]
+    """At most so many new tokens."""
+
+
+class DecodeState(NamedTuple):
+    """All slots. Its shapes never change, so `generate` is compiled once."""
+
+    cache: Cache
+    last_tokens: Int[Array, "B"]
+    """The token to be read next."""
+    positions: Int[Array, "B"]
+    """Its position."""
+    keys: Key[Array, "B"]
+    settings: SamplingSettings
+    limits: Int[Array, "B"]
+    live: Bool[Array, "B"]
+    stopped: Bool[Array, "B"]
+    """Ended by a stop token, not by its limit."""
+    lengths: Int[Array, "B"]
+    """New tokens so far, the stop token included."""
+    tokens: Int[Array, "B T"]
+    logprobs: Float[Array, "B T"]
+
+
+def init_state(
+    config: qwen3.Qwen3Config, slots: int, cache_length: int, max_new_tokens: int, dtype: DTypeLike
+) -> DecodeState:
+    """Empty slots. `cache_length` holds a prompt and its new tokens."""
+    integers = partial(jnp.zeros, (slots,), jnp.int32)
+    return DecodeState(
+        cache=init_cache(config.num_layers, slots, cache_length, config.num_kv_heads, config.head_dim, dtype),
+        last_tokens=integers(),
+        positions=integers(),
+        keys=jax.random.split(jax.random.key(0), slots),
+        settings=SamplingSettings(jnp.ones(slots), integers(), jnp.ones(slots)),
+        limits=integers(),
+        live=jnp.zeros(slots, bool),
+        stopped=jnp.zeros(slots, bool),
+        lengths=integers(),
+        tokens=jnp.zeros((slots, max_new_tokens), jnp.int32),
+        logprobs=jnp.zeros((slots, max_new_tokens)),
+    )
+
+
+@partial(jax.jit, static_argnames=("config", "dtype"))
+def prefill(
+    params: qwen3.Params,
+    tokens: Int[Array, "R S"],
+    true_lengths: Int[Array, "R"],
+    *,
+    config: qwen3.Qwen3Config,
+    dtype: DTypeLike = jnp.float32,
+) -> Prefix:
+    """Computes right-padded prompts. Every prompt has at least one token."""
+    last = jnp.take_along_axis(tokens, true_lengths[:, None] - 1, axis=1)[:, 0]
+    return Prefix(qwen3.prefill(params, tokens, config=config, dtype=dtype), last, true_lengths)
+
+
+@partial(jax.jit, donate_argnames="state")
+def insert(
+    prefix: Prefix,
+    state: DecodeState,
+    rows: Int[Array, "I"],
+    slots: Int[Array, "I"],
+    request: SlotRequest,
+) -> DecodeState:
+    """Copies row `rows[i]` of the prefix into slot `slots[i]`; a slot out of range is dropped.
+
+    The last prompt token is left to the first decode step, which samples the first new token: no logits
+    need to be kept with a prefix.
+    """
+
+    def put(slot_values: Array, values: Array) -> Array:
+        return slot_values.at[slots].set(values, mode="drop")
+
+    width = prefix.kv.keys.shape[2]
+    cache = tuple(
+        LayerCache(
+            layer.keys.at[slots, :width].set(prefix.kv.keys[at, rows], mode="drop"),
+            layer.values.at[slots, :width].set(prefix.kv.values[at, rows], mode="drop"),
+        )
+        for at, layer in enumerate(state.cache)
+    )
+    return state._replace(
+        cache=cache,
+        last_tokens=put(state.last_tokens, prefix.last_tokens[rows]),
+        positions=put(state.positions, prefix.true_lengths[rows] - 1),
+        keys=put(state.keys, request.keys),
+        settings=jax.tree.map(put, state.settings, request.settings),
+        limits=put(state.limits, request.limits),
+        live=put(state.live, request.limits > 0),
+        stopped=put(state.stopped, jnp.zeros(slots.shape, bool)),
+        lengths=put(state.lengths, jnp.zeros(slots.shape, jnp.int32)),
+    )
+
+
+@partial(jax.jit, static_argnames=("steps", "config", "dtype"), donate_argnames="state")
+def generate(
+    params: qwen3.Params,
+    state: DecodeState,
+    stop_ids: Int[Array, "E"],
+    *,
+    steps: int,
+    config: qwen3.Qwen3Config,
+    dtype: DTypeLike = jnp.float32,
+) -> DecodeState:
+    """At most `steps` decode steps of every live slot; fewer when all have ended."""
+    layers = qwen3.unstack_layers(params, config, dtype)
+
+    def unfinished(carry: tuple[Int[Array, ""], DecodeState]) -> Bool[Array, ""]:
+        done, current = carry
+        return (done < steps) & jnp.any(current.live)
+
+    def body(carry: tuple[Int[Array, ""], DecodeState]) -> tuple[Int[Array, ""], DecodeState]:
+        done, current = carry
+        hidden, cache = qwen3.decode(
+            params, layers, current.cache, current.last_tokens, current.positions, config=config, dtype=dtype
+        )
+        logits = qwen3.logits(params, hidden, config)
+        keys = token_keys(current.keys, current.lengths)
+        tokens, logprobs = sample(logits, keys, current.settings)
+        return done + 1, _advance(current._replace(cache=cache), tokens, logprobs, stop_ids)
+
+    return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+
+
+def _advance(
+    state: DecodeState, tokens: Int[Array, "B"], logprobs: Float[Array, "B"], stop_ids: Int[Array, "E"]
+) -> DecodeState:
+    """Writes the sampled tokens of live slots and ends those that stopped or reached their limit."""
+    live = state.live
+    rows = jnp.arange(live.shape[0])
+    # Ended slots write out of range, which drops the write.
+    column = jnp.where(live, state.lengths, state.tokens.shape[1])
+    lengths = state.lengths + live
+    stopped = live & jnp.any(tokens[:, None] == stop_ids[None], axis=1)
+    return state._replace(
+        last_tokens=jnp.where(live, tokens, state.last_tokens),
+        positions=state.positions + live,
+        live=live & ~stopped & (lengths < state.limits),
+        stopped=state.stopped | stopped,
+        lengths=lengths,
+        tokens=state.tokens.at[rows, column].set(tokens, mode="drop"),
+        logprobs=state.logprobs.at[rows, column].set(logprobs, mode="drop"),
+    )

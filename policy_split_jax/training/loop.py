@@ -1,0 +1,324 @@
+"""The training loop: questions, rollouts of both modes, rewards, one jitted update, logs and checkpoints."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+
+import policy_split_jax
+from policy_split_jax import config as settings
+from policy_split_jax.config import RunConfig
+from policy_split_jax.data.dataset import load_rows, make_iterator, restore_state, state_to_json
+from policy_split_jax.data.formats import Row
+from policy_split_jax.errors import UserError
+from policy_split_jax.evaluation.evaluate import (
+    Scorer,
+    evaluate,
+    make_scorer,
+    outcome_metrics,
+    sample_rows,
+)
+from policy_split_jax.model import qwen3
+from policy_split_jax.policy import Policy, copy_policy_files
+from policy_split_jax.report.page import write_report
+from policy_split_jax.rewards import GraderPool
+from policy_split_jax.rollouts import Group, grade_groups, sample_groups, step_key
+from policy_split_jax.sampler.rollout import Sampler, Sampling
+from policy_split_jax.training.batch import make_batch
+from policy_split_jax.training.checkpoint import Checkpoints
+from policy_split_jax.training.console import RunDisplay
+from policy_split_jax.training.metrics_log import MetricsLog, write_json
+from policy_split_jax.training.optimizer import make_optimizer, make_schedule
+from policy_split_jax.training.state import TrainState, init_state
+from policy_split_jax.training.update import Update, UpdateConfig, make_update
+
+# Settings that a resumed run may change: they do not touch what has been computed.
+_FREE = {"train.steps", "train.save_every", "train.eval_every", "train.keep_checkpoints", "train.sample_questions",
+         "train.tensorboard", "train.wandb", "reward.workers", "rollout.slots", "rollout.decode_steps"}  # fmt: skip
+
+
+@dataclass
+class Trainer:
+    """The parts of a run; `state` and `iterator` are what changes."""
+
+    config: RunConfig
+    policy: Policy
+    sampler: Sampler
+    scorer: Scorer
+    update: Update
+    pool: GraderPool
+    test_rows: list[Row]
+    iterator: Any
+    state: TrainState
+    checkpoints: Checkpoints
+    log: MetricsLog
+    display: RunDisplay
+
+    def run(self, started_at: int) -> None:
+        """All remaining steps; evaluates, saves and logs as configured."""
+        if started_at == 0:
+            self.evaluate(0)
+        for step in range(started_at + 1, self.config.train.steps + 1):
+            self.step(step)
+            last = step == self.config.train.steps
+            if last or _due(step, self.config.train.eval_every):
+                self.evaluate(step)
+            if last or _due(step, self.config.train.save_every):
+                self.checkpoints.save(step, self.state, {"data": state_to_json(self.iterator)})
+
+    def step(self, step: int) -> None:
+        """One training step: sample, grade, update, log."""
+        clock = _Clock()
+        rows = [question.row for question in next(self.iterator)]
+        groups = self._rollouts(rows)
+        clock.lap("rollout")
+        grade_groups(self.pool, groups)
+        clock.lap("reward")
+        self.state, metrics = self.update(self.state, self._batch(groups))
+        metrics = jax.device_get(metrics)
+        clock.lap("update")
+        row = outcome_metrics(groups) | metrics | clock.times()
+        row["tokens/rollout"] = sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)
+        row["learning_rate"] = float(make_schedule(self.config.optimizer)(self._updates(step - 1)))
+        self.log.row("train", step, row)
+        self.log.samples("train", step, sample_rows(groups[: self.config.train.sample_questions]))
+        self.display.step(step, row)
+
+    def evaluate(self, step: int) -> None:
+        """Both modes on the test questions."""
+        chosen = self.config.eval
+        with self.display.phase("evaluate", len(self.test_rows) * 2 * chosen.k) as progress:
+            row, groups, scores = evaluate(
+                self.state.params,
+                self.policy,
+                self.sampler,
+                self.scorer,
+                self.pool,
+                self.test_rows,
+                k=chosen.k,
+                key=jax.random.key(chosen.seed),
+                sampling=Sampling(
+                    chosen.max_new_tokens or self.config.rollout.max_new_tokens,
+                    chosen.temperature,
+                    chosen.top_k,
+                    chosen.top_p,
+                ),
+                progress=progress,
+            )
+        self.log.row("eval", step, row)
+        self.log.samples("eval", step, sample_rows(groups[:8], scores[:8]))
+        self.display.evaluation(step, row)
+
+    def _updates(self, step: int) -> int:
+        return step * self.config.train.updates_per_step
+
+    def _rollouts(self, rows: Sequence[Row]) -> list[Group]:
+        rollout = self.config.rollout
+        total = len(rows) * 2 * rollout.rollouts_per_mode
+        with self.display.phase("rollouts", total) as progress:
+            return sample_groups(
+                self.state.params,
+                self.policy,
+                self.sampler,
+                rows,
+                per_mode=rollout.rollouts_per_mode,
+                key=step_key(self.state.key, int(self.state.step)),
+                sampling=Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p),
+                progress=progress,
+            )
+
+    def _batch(self, groups: Sequence[Group]) -> Any:
+        return make_batch(
+            [group.prompts for group in groups],
+            [group.rollouts for group in groups],
+            [group.modes for group in groups],
+            [[grade.score for grade in group.grades] for group in groups],
+            max_prompt_tokens=self.config.rollout.max_prompt_tokens,
+            max_new_tokens=self.config.rollout.max_new_tokens,
+        )
+
+
+class _Clock:
+    """Seconds of each phase of a step."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._laps[f"time/{name}"] = now - self._last
+        self._last = now
+
+    def times(self) -> dict[str, float]:
+        return self._laps | {"time/step": time.perf_counter() - self._start}
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def train(config: RunConfig, policy: Policy, params: qwen3.Params, *, must_resume: bool = False) -> Path:
+    """Runs or resumes the training that `config` describes; returns the run's folder.
+
+    Raises UserError when the folder holds a run of other settings, or `must_resume` and there is nothing to
+    resume.
+    """
+    folder = config.folder
+    _prepare_folder(config, policy)
+    train_rows, test_rows = _rows(config)
+    optimizer = make_optimizer(config.optimizer)
+    state = init_state(params, optimizer, config.train.seed, float(config.advantage.eta))
+    iterator = make_iterator(train_rows, batch_size=config.rollout.questions_per_step, seed=config.train.seed)
+    reward = config.reward
+    with (
+        Checkpoints(folder / "checkpoints", config.train.keep_checkpoints) as checkpoints,
+        GraderPool(reward.grader, reward.workers, reward.time_limit, reward.memory_limit_mb) as pool,
+    ):
+        started_at = checkpoints.latest() or 0
+        if started_at:
+            state, extra = checkpoints.restore(state)
+            restore_state(iterator, extra["data"])
+        elif must_resume:
+            raise UserError(f"{folder}: no checkpoint to resume from; leave --resume out to start the run")
+        with RunDisplay(config.train.steps, started_at) as display:
+            log = MetricsLog(
+                folder,
+                config.name,
+                last_step=started_at or -1,
+                tensorboard=config.train.tensorboard,
+                wandb=config.train.wandb,
+            )
+            _announce(display, config, policy, started_at, len(train_rows), len(test_rows))
+            trainer = Trainer(
+                config=config,
+                policy=policy,
+                sampler=_sampler(config, policy),
+                scorer=make_scorer(policy.config, dtype=config.model.dtype, chunk=config.train.score_chunk),
+                update=make_update(policy.config, update_config(config), optimizer),
+                pool=pool,
+                test_rows=test_rows,
+                iterator=iterator,
+                state=state,
+                checkpoints=checkpoints,
+                log=log,
+                display=display,
+            )
+            trainer.run(started_at)
+        _finish(folder, display)
+    return folder
+
+
+def update_config(config: RunConfig) -> UpdateConfig:
+    """What of a run's settings the update needs."""
+    return UpdateConfig(
+        advantage=config.advantage,
+        eta=config.eta,
+        clip_low=config.loss.clip_low,
+        clip_high=config.loss.clip_high,
+        dual_clip=config.loss.dual_clip,
+        aggregate=config.loss.aggregate,
+        temperature=config.rollout.temperature,
+        updates_per_step=config.train.updates_per_step,
+        microbatch_questions=config.train.microbatch_questions,
+        score_chunk=config.train.score_chunk,
+        dtype=config.model.dtype,
+        remat=config.model.remat,
+    )
+
+
+def _sampler(config: RunConfig, policy: Policy) -> Sampler:
+    return Sampler(
+        policy.config,
+        policy.stop_ids,
+        slots=config.rollout.slots,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        decode_steps=config.rollout.decode_steps,
+        dtype=config.model.dtype,
+    )
+
+
+def _rows(config: RunConfig) -> tuple[list[Row], list[Row]]:
+    data = config.data
+
+    def read(source: str, split: str, count: int) -> list[Row]:
+        return load_rows(
+            source,
+            question_column=data.question_column,
+            answer_column=data.answer_column,
+            split=split,
+            numbers=data.numbers,
+            count=count,
+            max_number=data.max_number,
+        )
+
+    train_rows = read(data.train, "train", data.train_size)
+    test_rows = read(data.test, "test", data.test_size)
+    return train_rows, test_rows[: config.eval.questions or None]
+
+
+def _prepare_folder(config: RunConfig, policy: Policy) -> None:
+    """Makes the run's folder, or checks that the one there is of this run."""
+    path = config.folder / "config.yaml"
+    resolved = settings.to_dict(config)
+    if path.is_file():
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        changed = [key for key in settings.known_keys(RunConfig) if _get(found, key) != _get(resolved, key)]
+        changed = [key for key in changed if key not in _FREE]
+        if changed:
+            raise UserError(
+                f"{path}: this run was started with another {', '.join(changed[:3])}; "
+                "choose another name (name=...) or remove the folder"
+            )
+    elif config.folder.exists() and any(config.folder.iterdir()):
+        raise UserError(f"{config.folder}: not empty and not a run's folder; choose another name (name=...)")
+    copy_policy_files(policy, config.folder / "model")
+    path.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _get(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _announce(
+    display: RunDisplay, config: RunConfig, policy: Policy, started_at: int, train_size: int, test_size: int
+) -> None:
+    size = sum(leaf.size for leaf in jax.tree.leaves(qwen3.abstract_params(policy.config)))
+    devices = f"{jax.device_count()} {jax.default_backend()} device{'s' if jax.device_count() > 1 else ''}"
+    display.say(
+        f"policy-split {policy_split_jax.__version__}: {config.folder}, Qwen3 of {size / 1e6:.2f} M parameters on "
+        f"{devices}, {train_size} training and {test_size} test questions"
+    )
+    rollout = config.rollout
+    display.say(
+        f"{rollout.questions_per_step} questions a step, {rollout.rollouts_per_mode} rollouts of each in each mode"
+        + (f"; resuming after step {started_at}" if started_at else "")
+    )
+    display.say("pairs of figures are normal, high-entropy")
+
+
+def _finish(folder: Path, display: RunDisplay) -> None:
+    """The table, summary.json and the report."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    evaluations = [row for row in rows if row["kind"] == "eval"]
+    steps = [row for row in rows if row["kind"] == "train"]
+    start, end = evaluations[0], evaluations[-1]
+    seconds = sum(row["time/step"] for row in steps) + sum(row["time/eval"] for row in evaluations)
+    summary = {
+        "steps": end["step"],
+        "seconds": seconds,
+        "versions": {"policy_split_jax": policy_split_jax.__version__, "jax": jax.__version__},
+        "start": start,
+        "end": end,
+    }
+    write_json(folder / "summary.json", summary)
+    display.summary(start, end)
+    report = write_report([folder], folder / "report.html")
+    display.say(f"{end['step']} steps in {seconds / 60:.1f} minutes; report: {report}")

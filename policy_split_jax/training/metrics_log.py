@@ -1,0 +1,102 @@
+"""A run's metrics.jsonl and samples.jsonl; TensorBoard and Weights & Biases where switched on."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from policy_split_jax.errors import UserError
+
+
+class MetricsLog:
+    """Appends rows to a run's files. A resumed run first drops what lies after its checkpoint."""
+
+    def __init__(self, folder: Path, name: str, *, last_step: int, tensorboard: bool, wandb: bool):
+        """`last_step` is the step that the run goes on from; later rows are dropped, all of them when −1."""
+        self._metrics = folder / "metrics.jsonl"
+        self._samples = folder / "samples.jsonl"
+        for path in (self._metrics, self._samples):
+            _keep_until(path, last_step)
+        self._sinks = [_tensorboard(folder)] if tensorboard else []
+        self._sinks += [_wandb(folder, name)] if wandb else []
+
+    def row(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """One row of metrics."""
+        row = {"kind": kind, "step": step, **plain_row(values)}
+        _append(self._metrics, [row])
+        for sink in self._sinks:
+            sink(kind, step, row)
+
+    def samples(self, kind: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Rollouts worth reading."""
+        _append(self._samples, [{"step": step, "kind": kind, **row} for row in rows])
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a whole file or none of it."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def plain_row(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as JSON has them: what is not finite becomes null."""
+    return {key: _plain(value) for key, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str | int):
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _keep_until(path: Path, last_step: int) -> None:
+    """Drops the rows after `last_step`, and a last line that was cut off."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter  # type: ignore[import-not-found]
+    except ImportError:
+        raise UserError("train.tensorboard needs tensorboardX: pip install 'policy-split-jax[tensorboard]'") from None
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(kind: str, step: int, row: Mapping[str, Any]) -> None:
+        for key, value in row.items():
+            if isinstance(value, float):
+                writer.add_scalar(f"{kind}/{key}", value, step)
+        writer.flush()
+
+    return write
+
+
+def _wandb(folder: Path, name: str) -> Any:
+    try:
+        import wandb  # type: ignore[import-not-found]
+    except ImportError:
+        raise UserError("train.wandb needs wandb: pip install 'policy-split-jax[wandb]'") from None
+    run = wandb.init(project="policy-split-jax", name=name, dir=str(folder), resume="allow", id=name)
+
+    def write(kind: str, step: int, row: Mapping[str, Any]) -> None:
+        run.log({f"{kind}/{key}": value for key, value in row.items() if isinstance(value, float)}, step=step)
+
+    return write

@@ -1,0 +1,23 @@
+"""Shared fixtures; switches on run-time checks of array shapes and dtypes for the whole package."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+from jaxtyping import install_import_hook
+
+install_import_hook("policy_split_jax", "beartype.beartype")
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of test data that lies beside a development checkout; a user's clone has none."""
+    folder = PROJECT.parent / "shared"
+    if not (folder / "data").is_dir():
+        pytest.skip("no ../shared/data beside this checkout (real tokenizer and GSM8K)")
+    return folder

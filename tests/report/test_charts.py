@@ -1,0 +1,135 @@
+"""Charts are valid plotly figures of the right numbers."""
+
+import numpy as np
+import pytest
+
+from policy_split_jax.report import charts
+from policy_split_jax.report.runs import Run
+
+
+def run_of(train=(), evaluation=(), name="tiny") -> Run:
+    def numbered(rows, kind):
+        return [{"kind": kind, "step": step} | row for step, row in enumerate(rows)]
+
+    return Run(name, numbered(train, "train"), numbered(evaluation, "eval"), [], None, None)
+
+
+def everything(steps: int) -> Run:
+    """A run whose rows hold every key that some chart draws."""
+    panels = (*charts.OUTCOME, *charts.SPLIT, *charts.HEALTH)
+    keys = [line.key for panel in panels for line in panel.lines] + [
+        f"time/{phase}" for phase in charts.PHASES
+    ]
+    passes = [f"pass@{k}/{who}" for k in (1, 2, 4) for who in ("normal", "high_entropy", "both")]
+    rng = np.random.default_rng(0)
+    rows = [{key: float(rng.uniform(0.1, 1)) for key in keys + passes} for _ in range(steps)]
+    return run_of(rows, rows[:3])
+
+
+@pytest.mark.parametrize("runs", [1, 8])
+def test_plotly_accepts_every_chart(runs):
+    import plotly.graph_objects as go
+
+    sections = charts.build_charts([everything(40)] * runs)
+    built = [chart for _, group in sections for chart in group]
+    # Figure refuses unknown properties and values.
+    figures = [go.Figure(data=chart.data, layout=chart.layout) for chart in built]
+    assert len(figures) == 15
+    assert all(len(figure.data) > 0 for figure in figures)
+
+
+def test_the_modes_keep_their_colours_in_every_chart():
+    for _, group in charts.build_charts([everything(40)]):
+        for chart in group:
+            for trace in chart.data:
+                colour = trace.get("line", {}).get("color")
+                if trace["name"].startswith("normal"):
+                    assert colour == "#3b6fb6"
+                if trace["name"].startswith("high entropy"):
+                    assert colour == "#d9762b"
+
+
+def test_a_chart_without_values_is_left_out():
+    sections = charts.build_charts([run_of([{"eta": 0.1, "reward/normal": None, "grad_norm": float("nan")}])])
+    assert [(title, [chart.slug for chart in group]) for title, group in sections] == [
+        ("Health of the training", ["eta"])
+    ]
+
+
+def test_rows_without_the_key_are_skipped():
+    rows = [{"eta": 0.5}, {}, {"eta": None}, {"eta": 0.25}]
+    assert charts.series(run_of(rows).train, "eta") == ([0, 3], [0.5, 0.25])
+
+
+def test_smoothing_is_the_weighted_mean_of_the_past():
+    values = np.random.default_rng(1).normal(size=80).tolist()
+    keep = 1 - 2 / (80 / 8 + 1)
+    expected = [np.average(values[: t + 1], weights=keep ** np.arange(t, -1, -1.0)) for t in range(80)]
+    # float64 sums of 80 terms in another order
+    np.testing.assert_allclose(charts.smooth(values), expected, atol=1e-12)
+
+
+def test_smoothing_keeps_a_constant_and_a_short_run():
+    np.testing.assert_allclose(charts.smooth([2.5] * 30), 2.5, atol=1e-12)
+    assert charts.smooth([1.0, 5.0, 2.0]) == [1.0, 5.0, 2.0]
+    assert charts.smooth([]) == []
+
+
+def test_a_noisy_curve_is_thin_under_a_bold_one():
+    rows = [{"reward/normal": float(step % 2)} for step in range(40)]
+    reward = next(panel for panel in charts.OUTCOME if panel.slug == "reward")
+    chart = charts.step_chart(reward, [run_of(rows)])
+    thin, bold = chart.data
+    assert thin["y"] == [float(step % 2) for step in range(40)]
+    assert thin["opacity"] < 0.5
+    assert (thin["showlegend"], bold["showlegend"]) == (False, True)
+    # With a span of 5 the alternating curve stays within a third of its middle.
+    assert all(abs(value - 0.5) < 1 / 3 for value in bold["y"][10:])
+
+
+def test_a_schedule_is_drawn_as_it_is():
+    rows = [{"eta": min(1.0, step / 10)} for step in range(40)]
+    eta = next(panel for panel in charts.HEALTH if panel.slug == "eta")
+    [trace] = charts.step_chart(eta, [run_of(rows)]).data
+    assert trace["y"] == [min(1.0, step / 10) for step in range(40)]
+
+
+def test_evaluations_are_markers_beside_the_training_line():
+    reward = next(panel for panel in charts.OUTCOME if panel.slug == "accuracy")
+    rows = [{"accuracy/normal": value} for value in (0.1, 0.2)]
+    line, points = charts.step_chart(reward, [run_of(rows, [{"accuracy/normal": 0.3}])]).data
+    assert line["mode"] == "lines"
+    assert (points["x"], points["y"], points["mode"]) == ([0], [0.3], "lines+markers")
+    assert points["showlegend"] is False
+
+
+def test_pass_at_k_orders_k_as_numbers_and_compares_first_with_last():
+    first = {"pass@2/normal": 0.2, "pass@10/normal": 0.4, "pass@1/normal": 0.1}
+    last = {"pass@2/normal": 0.5, "pass@10/normal": 0.9, "pass@1/normal": None, "pass@x/normal": 1.0}
+    chart = charts.pass_at_k_chart([run_of(evaluation=[first, {}, last])])
+    traces = {trace["name"]: (trace["x"], trace["y"], trace["line"]["dash"]) for trace in chart.data}
+    assert traces == {
+        "normal, step 0": ([1, 2, 10], [0.1, 0.2, 0.4], "dot"),
+        "normal, step 2": ([2, 10], [0.5, 0.9], "solid"),
+    }
+    assert chart.layout["xaxis"]["tickvals"] == [1, 2, 4, 8]
+    assert chart.look_for.endswith("Dotted: the first evaluation.")
+
+
+def test_phases_are_stacked_over_steps_with_zero_where_they_did_not_happen():
+    rows = [{"time/rollout": 2.0, "time/checkpoint": 1.0}, {"time/rollout": 3.0}]
+    chart = charts.time_chart([run_of(rows)])
+    assert {trace["name"]: trace["y"] for trace in chart.data} == {
+        "rollout": [2.0, 3.0],
+        "checkpoint": [1.0, 0.0],
+    }
+    assert {trace["stackgroup"] for trace in chart.data} == {"phases"}
+
+
+def test_phases_of_several_runs_are_means_per_step():
+    first = run_of([{"time/rollout": 2.0, "time/checkpoint": 1.0}, {"time/rollout": 3.0}], name="first")
+    second = run_of([{"time/rollout": 8.0}], name="second")
+    chart = charts.time_chart([first, second])
+    bars = {trace["name"]: dict(zip(trace["x"], trace["y"], strict=True)) for trace in chart.data}
+    assert bars == {"rollout": {"first": 2.5, "second": 8.0}, "checkpoint": {"first": 0.5, "second": 0.0}}
+    assert chart.layout["barmode"] == "stack"

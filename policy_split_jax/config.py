@@ -271,13 +271,25 @@ class SftConfig:
 Config = TypeVar("Config")
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is written twice, of which YAML itself would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is there twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file, applies `section.key=value` overrides, and checks everything."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such configuration file; configs/tiny.yaml is an example")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -292,7 +304,8 @@ def from_dict(kind: type[Config], tree: dict[str, Any], source: str) -> Config:
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     # The wrapping dict lets unknown keys be refused in plain dataclasses.
-    adapter = TypeAdapter(dict[str, kind], config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))  # type: ignore[valid-type]
+    rules = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
+    adapter = TypeAdapter(dict[str, kind], config=rules)  # type: ignore[valid-type]
     try:
         return adapter.validate_python({"": tree})[""]
     except ValidationError as error:
@@ -332,7 +345,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"override {override!r}: {section} is not a section")
     try:
-        tree[last] = yaml.safe_load(text)
+        tree[last] = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: {text!r} is not a YAML value") from None
 

@@ -43,7 +43,10 @@ def std(
     mask = jnp.broadcast_to(mask, values.shape)
     deviation = where(mask, values - mean(values, mask, axis, keepdims=True))
     number = count(mask, axis, keepdims)
-    return jnp.sqrt(jnp.sum(deviation**2, axis=axis, keepdims=keepdims) / jnp.maximum(number - 1.0, 1.0))
+    variance = jnp.sum(deviation**2, axis=axis, keepdims=keepdims) / jnp.maximum(number - 1.0, 1.0)
+    # The root's slope at 0 is infinite: without spread the gradient would be NaN instead of 0.
+    spread = variance > 0
+    return where(spread, jnp.sqrt(where(spread, variance, 1.0)))
 
 
 def extent(

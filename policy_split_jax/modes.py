@@ -63,7 +63,7 @@ def _encode(tokenizer: Any, template: str, texts: dict[str, str]) -> list[int]:
     plain = ""
     for piece in re.split(f"({marks})", template):
         if piece in special:
-            ids += _encode_plain(tokenizer, plain) + [special[piece]]
+            ids += [*_encode_plain(tokenizer, plain), special[piece]]
             plain = ""
         else:
             plain += texts.get(piece, piece)
@@ -84,4 +84,4 @@ def render_both(tokenizer: Any, question: str, prompts: ModePrompts) -> tuple[li
 def decode_response(tokenizer: Any, tokens: Sequence[int], stop_ids: Sequence[int]) -> str:
     """The text of a rollout, without the stop token that ended it."""
     body = list(tokens[:-1]) if len(tokens) and tokens[-1] in stop_ids else list(tokens)
-    return tokenizer.decode(body, skip_special_tokens=True)
+    return tokenizer.decode(body, skip_special_tokens=False)

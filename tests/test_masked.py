@@ -1,5 +1,8 @@
 """Masked reductions against NumPy float64 on the true positions alone, garbage everywhere else."""
 
+import itertools
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +19,7 @@ AXES = [None, 0, 1, -1, (0, 2), (1, 2)]
 REDUCTIONS = {"count": masked.count, "total": masked.total, "mean": masked.mean, "std": masked.std,
               "extent": masked.extent}  # fmt: skip
 seeds = st.integers(0, 2**32 - 1)
+quantile = jax.jit(masked.quantile, static_argnames="q")
 few = settings(max_examples=20, deadline=None, derandomize=True)
 
 
@@ -55,15 +59,20 @@ def reduce(name, values, mask, **kwargs):
     return masked.count(mask, **kwargs) if name == "count" else REDUCTIONS[name](values, mask, **kwargs)
 
 
-@pytest.mark.parametrize("keepdims", [False, True])
-@pytest.mark.parametrize("axis", AXES, ids=str)
+@partial(jax.jit, static_argnames=("name", "variants"))
+def reduced(values, mask, name, variants):
+    """The reduction over several choices of axes, in one compiled program."""
+    return [reduce(name, values, mask, axis=axis, keepdims=keepdims) for axis, keepdims in variants]
+
+
 @pytest.mark.parametrize("name", REDUCTIONS)
-def test_reductions_equal_plain_loops(name, axis, keepdims):
+def test_reductions_equal_plain_loops(name):
     values, mask = random_case(0)
-    result = reduce(name, jnp.array(values), jnp.array(mask), axis=axis, keepdims=keepdims)
-    expected = by_loops(name, values, mask, axis, keepdims)
-    assert result.shape == expected.shape
-    np.testing.assert_allclose(result, expected, **TOLERANCE)
+    variants = tuple(itertools.product(AXES, (False, True)))
+    for result, (axis, keepdims) in zip(reduced(values, mask, name, variants), variants, strict=True):
+        expected = by_loops(name, values, mask, axis, keepdims)
+        assert result.shape == expected.shape
+        np.testing.assert_allclose(result, expected, **TOLERANCE, err_msg=f"axis {axis}")
 
 
 @few
@@ -71,7 +80,7 @@ def test_reductions_equal_plain_loops(name, axis, keepdims):
 def test_reductions_equal_plain_loops_on_random_masks(seed):
     values, mask = random_case(seed)
     for name in REDUCTIONS:
-        result = reduce(name, jnp.array(values), jnp.array(mask), axis=-1)
+        (result,) = reduced(values, mask, name, ((-1, False),))
         np.testing.assert_allclose(result, by_loops(name, values, mask, -1, False), **TOLERANCE)
 
 
@@ -94,7 +103,7 @@ def test_an_empty_mask_gives_zero_with_a_finite_gradient(name, axis):
     def summed(values):
         return jnp.sum(reduce(name, values, mask, axis=axis))
 
-    value, gradient = jax.value_and_grad(summed)(values)
+    value, gradient = jax.jit(jax.value_and_grad(summed))(values)
     assert value == 0
     np.testing.assert_array_equal(gradient, np.zeros((2, 5)))
 
@@ -108,7 +117,7 @@ def test_gradients_are_those_of_the_true_positions(name):
     def weighted(values):
         return jnp.sum(weights * reduce(name, values, jnp.array(mask), axis=-1))
 
-    gradient = np.asarray(jax.grad(weighted)(jnp.array(values)))
+    gradient = np.asarray(jax.jit(jax.grad(weighted))(values))
     assert np.isfinite(gradient).all()
     assert (gradient[~mask] == 0).all()
     clean = np.where(mask, values, 0).astype(np.float64)
@@ -140,7 +149,7 @@ def test_std_of_two_by_hand():
     np.testing.assert_allclose(masked.std(values, jnp.array([True, False, True])), 4.5**0.5, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("fill", "dtype"), [(0.0, np.float32), (-np.inf, np.float32), (-1, np.int32)])
+@pytest.mark.parametrize(("fill", "dtype"), [(0.0, np.float32), (-np.inf, np.float32), (-1.0, np.int32)])
 def test_where_keeps_the_type_and_fills(fill, dtype):
     values = jnp.array([1, 2, 3], dtype)
     result = masked.where(jnp.array([True, False, True]), values, fill)
@@ -161,7 +170,7 @@ def test_quantile_equals_numpy(seed, q):
     mask = rng.random(17) < 0.6
     mask[rng.integers(17)] = True
     values = np.where(mask, rng.normal(0, 2, 17), rng.choice(GARBAGE, 17)).astype(np.float32)
-    result = masked.quantile(jnp.array(values), jnp.array(mask), q)
+    result = quantile(values, mask, q)
     # The place q * (n - 1) is rounded to float32 (1e-6 of at most 16), between values at most about 8 apart.
     expected = np.quantile(values[mask].astype(np.float64), q)
     np.testing.assert_allclose(result, expected, atol=2e-5)

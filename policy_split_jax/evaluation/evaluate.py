@@ -21,7 +21,8 @@ from policy_split_jax.policy import Policy
 from policy_split_jax.rewards import GraderPool
 from policy_split_jax.rollouts import Group, Progress, grade_groups, no_progress, sample_groups
 from policy_split_jax.sampler.rollout import Sampler, Sampling
-from policy_split_jax.training.batch import Batch, make_batch
+from policy_split_jax.training.batch import Batch
+from policy_split_jax.training.collate import make_batch
 
 CORRECT = 0.5
 """A reward above this counts as a right answer."""

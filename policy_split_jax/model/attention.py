@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 # A finite stand-in for minus infinity: a row that may attend to nothing gives a uniform average, never NaN.
 _MASKED_SCORE = -1e30
@@ -28,7 +28,16 @@ def attention(
     return mixed.reshape(batch, length, heads, head_dim)
 
 
-def causal_mask(valid: Bool[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """Each position sees the valid positions up to itself; padding is seen by nobody."""
+def causal_mask(
+    valid: Bool[Array, "B T"], segments: Int[Array, "B T"] | None = None
+) -> Bool[Array, "B T T"]:
+    """Each position sees the valid positions up to itself; padding is seen by nobody.
+
+    With `segments`, a position sees its own segment and segment 0: several responses after one prompt.
+    """
     length = valid.shape[1]
-    return jnp.tril(jnp.ones((length, length), bool))[None] & valid[:, None, :]
+    mask = jnp.tril(jnp.ones((length, length), bool))[None] & valid[:, None, :]
+    if segments is None:
+        return mask
+    own = segments[:, :, None] == segments[:, None, :]
+    return mask & (own | (segments == 0)[:, None, :])

@@ -64,6 +64,8 @@ _SIZES = {
     "num_key_value_heads": "num_kv_heads",
 }
 _FLOAT_TYPES = ("F32", "BF16", "F16")
+# A whole embedding is over a gigabyte.
+_ROWS_COMPARED_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); is this a Hugging Face model folder?"
-        ) from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); is this a Hugging Face model folder?") from error
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
@@ -142,13 +142,9 @@ def load_config(folder: Path) -> Qwen3Config:
 
 def _refuse_other_models(path: Path, config: dict[str, Any]) -> None:
     if config.get("model_type") != "qwen3":
-        raise UserError(
-            f"{path}: model_type is {config.get('model_type')!r}; only 'qwen3' (dense) is supported"
-        )
+        raise UserError(f"{path}: model_type is {config.get('model_type')!r}; only 'qwen3' (dense) is supported")
     if config.get("architectures") != ["Qwen3ForCausalLM"]:
-        raise UserError(
-            f"{path}: architectures is {config.get('architectures')!r}; only Qwen3ForCausalLM is supported"
-        )
+        raise UserError(f"{path}: architectures is {config.get('architectures')!r}; only Qwen3ForCausalLM is supported")
     if config.get("hidden_act") != "silu":
         raise UserError(f"{path}: hidden_act is {config.get('hidden_act')!r}; only 'silu' is supported")
     for key, remedy in (
@@ -161,9 +157,7 @@ def _refuse_other_models(path: Path, config: dict[str, Any]) -> None:
             raise UserError(f"{path}: {key} is set; {remedy}")
     kinds = config.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        raise UserError(
-            f"{path}: layer_types asks for more than full_attention; sliding windows are not supported"
-        )
+        raise UserError(f"{path}: layer_types asks for more than full_attention; sliding windows are not supported")
 
 
 def _rope_theta(path: Path, config: dict[str, Any]) -> float:
@@ -175,9 +169,7 @@ def _rope_theta(path: Path, config: dict[str, Any]) -> float:
             raise UserError(f"{path}: {key} must be an object or null")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
-            raise UserError(
-                f"{path}: {key} asks for {kind!r}; only the default rotary embedding is supported"
-            )
+            raise UserError(f"{path}: {key} asks for {kind!r}; only the default rotary embedding is supported")
         if rope.get("partial_rotary_factor", 1) != 1:
             raise UserError(f"{path}: {key}.partial_rotary_factor is not supported")
         if "rope_theta" in rope:
@@ -235,10 +227,7 @@ def load_params(
     tensors = _group_by_path(_tensors(config))
     with _open_weights(folder) as (listing, stored):
         stored = _check_tensors(listing, stored, _tensors(config), tied=config.tie_embeddings)
-        arrays = [
-            _load_array(tensors[path], stored, leaf.shape, dtype, placed[path])
-            for path, leaf in leaves.items()
-        ]
+        arrays = [_load_array(tensors[path], stored, leaf.shape, dtype, placed[path]) for path, leaf in leaves.items()]
     return jax.tree.unflatten(jax.tree.structure(abstract_params(config)), arrays)
 
 
@@ -251,17 +240,14 @@ def _tensors(config: Qwen3Config) -> list[_Tensor]:
         for name, path, inputs in _LAYER_TENSORS
     ]
     embed, *after = [
-        _Tensor(name, path, None, inputs, shapes[path])
-        for name, path, inputs in _OUTER_TENSORS
-        if path in shapes
+        _Tensor(name, path, None, inputs, shapes[path]) for name, path, inputs in _OUTER_TENSORS if path in shapes
     ]
     return [embed, *layers, *after]
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree.leaves_with_path(tree)
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)
     }
 
 
@@ -282,9 +268,7 @@ def _open_weights(folder: Path) -> Iterator[tuple[Path, dict[str, _Stored]]]:
             try:
                 handle = stack.enter_context(safe_open(file, framework="numpy"))
             except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"{file}: not a complete safetensors file ({error}); download it again"
-                ) from error
+                raise UserError(f"{file}: not a complete safetensors file ({error}); download it again") from error
             held = set(handle.keys())
             if names is not None and held != names:
                 raise UserError(
@@ -300,9 +284,7 @@ def _weight_files(folder: Path) -> tuple[Path, dict[Path, set[str] | None]]:
         return folder / WEIGHTS, {folder / WEIGHTS: None}
     listing = folder / INDEX
     if not listing.exists():
-        raise UserError(
-            f"{folder}: neither {WEIGHTS} nor {INDEX} is there; only safetensors weights are read"
-        )
+        raise UserError(f"{folder}: neither {WEIGHTS} nor {INDEX} is there; only safetensors weights are read")
     names_of_file: dict[Path, set[str]] = {}
     weight_map = read_json(listing).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -310,9 +292,7 @@ def _weight_files(folder: Path) -> tuple[Path, dict[Path, set[str] | None]]:
     for name, file in weight_map.items():
         # A path in the index could name any file of the machine.
         if not isinstance(file, str) or not file.endswith(".safetensors") or set(file) & set("/\\:\0"):
-            raise UserError(
-                f"{listing}: {name} points to {file!r}; it must be a safetensors file beside the index"
-            )
+            raise UserError(f"{listing}: {name} points to {file!r}; it must be a safetensors file beside the index")
         names_of_file.setdefault(folder / file, set()).add(name)
     return listing, {**names_of_file}
 
@@ -327,9 +307,7 @@ def _check_tensors(
     names = {tensor.name for tensor in expected}
     for problem, found in (("missing", names - set(stored)), ("unexpected", set(stored) - names)):
         if found:
-            raise UserError(
-                f"{listing}: {problem} tensors {_some(found)}; does config.json belong to these weights?"
-            )
+            raise UserError(f"{listing}: {problem} tensors {_some(found)}; does config.json belong to these weights?")
     wrong = [
         f"{tensor.name} in {stored[tensor.name].file.name} is {shape}, not {tensor.file_shape}"
         for tensor in expected
@@ -349,16 +327,14 @@ def _check_tensors(
 
 def _check_tied_head(head: _Stored, embedding: _Stored) -> None:
     """Some exporters write the head of a tied model as well; it may only repeat the embedding."""
-    same = (
-        head.data.get_shape() == embedding.data.get_shape()
-        and head.data.get_dtype() == embedding.data.get_dtype()
-        # 4096 rows at a time: a whole embedding is over a gigabyte.
-        and all(
-            head.data[at : at + 4096].tobytes() == embedding.data[at : at + 4096].tobytes()
-            for at in range(0, head.data.get_shape()[0], 4096)
-        )
-    )
-    if not same:
+
+    def same_rows(start: int) -> bool:
+        rows = slice(start, min(start + _ROWS_COMPARED_AT_ONCE, shape[0]))
+        return head.data[rows].tobytes() == embedding.data[rows].tobytes()
+
+    shape, kind = head.data.get_shape(), head.data.get_dtype()
+    alike = (shape, kind) == (embedding.data.get_shape(), embedding.data.get_dtype())
+    if not alike or not all(same_rows(start) for start in range(0, shape[0], _ROWS_COMPARED_AT_ONCE)):
         raise UserError(
             f"{head.file}: lm_head.weight differs from the embedding although config.json has "
             "tie_word_embeddings true; set it to false to keep both"
@@ -419,9 +395,7 @@ def _read_tensor(tensor: _Tensor, stored: dict[str, _Stored], index: tuple[slice
         return data[index]
     inputs, outputs = tensor.shape[: tensor.inputs], tensor.shape[tensor.inputs :]
     rows, columns = _span(outputs, index[tensor.inputs]), _span(inputs, index[0])
-    block = data[rows, columns].T.reshape(
-        _length(index[0]), *inputs[1:], _length(index[tensor.inputs]), *outputs[1:]
-    )
+    block = data[rows, columns].T.reshape(_length(index[0]), *inputs[1:], _length(index[tensor.inputs]), *outputs[1:])
     # The file was cut along the first axis of the inputs and of the outputs; what is left is cut here.
     whole = slice(None)
     return block[whole, *index[1 : tensor.inputs], whole, *index[tensor.inputs + 1 :]]
@@ -449,16 +423,17 @@ def save_model(
     base_config: dict[str, Any] | None = None,
     generation_config: dict[str, Any] | None = None,
     tokenizer_files: Path | None = None,
-    max_shard_bytes: float = 5e9,
+    max_shard_bytes: int | float = 5e9,
 ) -> None:
     """Writes a folder that transformers' `Qwen3ForCausalLM` (and this module) loads.
 
     `base_config` and `generation_config` are the JSON objects of the model that training started from: what
     they say beyond the sizes is kept. `tokenizer_files` is the folder whose tokenizer is copied. The host
     holds one file's tensors at a time. Everything is written to a temporary folder beside `folder`, which is
-    renamed at the end, so that a crash never leaves half a model. Raises UserError when `folder` is not new or empty,
-    when there is no tokenizer to copy, or when the parameters do not fit `config`. One process only: it must
-    address every shard of `params`.
+    renamed at the end: a crash never leaves half a model. One process must address all of `params`.
+
+    Raises UserError when `folder` is not new or empty, when there is no tokenizer to copy, or when the
+    parameters do not fit `config`.
     """
     _check_target(folder)
     _check_params(params, config)
@@ -475,7 +450,7 @@ def save_model(
             _write_json(draft / "generation_config.json", stops)
         if tokenizer_files is not None:
             _copy_tokenizer(tokenizer_files, draft)
-        _write_weights(draft, params, _tensors(config), jnp.dtype(dtype), max_shard_bytes)
+        _write_weights(draft, params, _tensors(config), jnp.dtype(dtype), float(max_shard_bytes))
         draft.rename(folder)
 
 
@@ -600,9 +575,7 @@ def load_tokenizer(folder: Path) -> Any:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{folder}: the tokenizer cannot be loaded ({reason})") from error
     if not tokenizer.chat_template:
-        raise UserError(
-            f"{path}: no chat template here or in chat_template.jinja; use the instruct model's tokenizer"
-        )
+        raise UserError(f"{path}: no chat template here or in chat_template.jinja; use the instruct model's tokenizer")
     return tokenizer
 
 
@@ -621,9 +594,7 @@ def load_generation_config(folder: Path) -> GenerationConfig:
     sources.append((folder / "tokenizer_config.json", _tokenizer_ids(folder)))
     stop_ids = _first_ids(sources, "eos_token_id")
     if not stop_ids:
-        raise UserError(
-            f"{folder}: no eos_token_id in generation_config.json, config.json or the tokenizer's config"
-        )
+        raise UserError(f"{folder}: no eos_token_id in generation_config.json, config.json or the tokenizer's config")
     pad_ids = _first_ids(sources, "pad_token_id") or stop_ids
     path, settings = sources[0] if sources[0][0].name == "generation_config.json" else (folder, {})
     return GenerationConfig(stop_ids, pad_ids[0], **_sampling_settings(path, settings))

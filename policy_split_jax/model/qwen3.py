@@ -240,18 +240,21 @@ def forward(
     *,
     config: Qwen3Config,
     valid: Bool[Array, "B T"],
+    segments: Int[Array, "B T"] | None = None,
     dtype: DTypeLike = jnp.float32,
     remat: str = "none",
 ) -> Float[Array, "B T D"]:
     """Final hidden states of whole sequences, for training and scoring.
 
-    `valid` marks real tokens; padding may stand anywhere, takes no position and is seen by nobody. `dtype` is
+    `valid` marks real tokens; padding may stand anywhere, takes no position and is seen by nobody. `segments`
+    lets several responses follow one prompt in a row: see `attention.causal_mask`. `dtype` is
     the activations' type; norms and softmax are in float32. `remat` says what the backward pass finds saved
     of each layer: "none" recomputes nothing, "dots" all but the matrix products, "full" the whole layer.
     """
-    positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+    mask = causal_mask(valid, segments)
+    # A token's position is the number of tokens that it sees before itself.
+    positions = jnp.maximum(jnp.sum(mask, axis=-1) - 1, 0)
     rotary = rotary_embedding(positions, config.head_dim, config.rope_theta)
-    mask = causal_mask(valid)
 
     def attend(queries: Array, keys: Array, values: Array) -> tuple[Array, None]:
         return attention(queries, keys, values, mask), None

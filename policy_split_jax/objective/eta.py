@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 _SMALLEST_KL = 1e-6
+_ERROR_RANGE = (-3.0, 2.0)
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,9 @@ class EtaConfig:
     target_kl: float = 0.2
     """KL(HE ‖ normal) to hold, nats per token."""
     gain: float = 0.02
-    """Change of η a step for each unit of log(target / measured)."""
-    damping: float = 0.2
-    """Change of η against each unit by which log(measured) moved since the last step."""
+    """Change of η a step for each unit of log(target / measured), as a share of `largest`."""
+    damping: float = 0.5
+    """Change of η against each unit by which log(measured) moved since the last step, as a share of `largest`."""
     smoothing: float = 0.5
     """Weight of the past in the running mean of the measured divergence."""
     largest: float = 1.0
@@ -60,9 +61,10 @@ def init_eta(eta: float) -> EtaState:
 def next_eta(state: EtaState, measured: Float[Array, ""], config: EtaConfig) -> EtaState:
     """η after a step that measured KL(HE ‖ normal) = `measured` nats per token.
 
-    A proportional-integral controller in velocity form on the error log(target / KL), clipped to ±1: the
-    integral part closes the error, the damping part answers how fast the divergence moves, and since η
-    itself is the state and is kept within its bounds, nothing winds up while it sits at one of them.
+    A proportional-integral controller in velocity form on the error log(target / KL): the integral part closes
+    the error, the damping part answers how fast the divergence moves, and since η itself is the state and is
+    kept within its bounds, nothing winds up while it sits at one of them. The error is clipped, more tightly
+    where the divergence is small: there its logarithm is mostly noise.
     """
     first = state.kl < 0
     kl = jnp.where(first, measured, config.smoothing * state.kl + (1 - config.smoothing) * measured)
@@ -70,9 +72,9 @@ def next_eta(state: EtaState, measured: Float[Array, ""], config: EtaConfig) -> 
         return EtaState(state.eta, kl)
     error = _error(kl, config.target_kl)
     change = jnp.where(first, 0.0, error - _error(state.kl, config.target_kl))
-    eta = state.eta + config.gain * error + config.damping * change
+    eta = state.eta + config.largest * (config.gain * error + config.damping * change)
     return EtaState(jnp.clip(eta, 0.0, config.largest), kl)
 
 
 def _error(kl: Float[Array, ""], target: float) -> Float[Array, ""]:
-    return jnp.clip(jnp.log(target / jnp.maximum(kl, _SMALLEST_KL)), -1.0, 1.0)
+    return jnp.clip(jnp.log(target / jnp.maximum(kl, _SMALLEST_KL)), *_ERROR_RANGE)

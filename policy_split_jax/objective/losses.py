@@ -11,14 +11,17 @@ Aggregate = Literal["token_mean", "sequence_mean_token_sum", "sequence_mean_toke
 Metrics = dict[str, Float[Array, ""]]
 
 
-def token_weights(mask: Bool[Array, "... T"], aggregate: Aggregate) -> Float[Array, "... T"]:
+def token_weights(
+    mask: Bool[Array, "... T"], aggregate: Aggregate, max_new_tokens: int = 0
+) -> Float[Array, "... T"]:
     """Weights w with loss = Σ w·ℓ; 0 at masked positions.
 
     - token_mean: every token of the batch counts the same (DAPO, https://arxiv.org/abs/2503.14476);
     - sequence_mean_token_sum: mean over sequences of the sum of a sequence's tokens;
     - sequence_mean_token_mean: mean over sequences of the mean of a sequence's tokens (GRPO,
       https://arxiv.org/abs/2402.03300);
-    - constant: sum over everything divided by sequences × T (Dr. GRPO, https://arxiv.org/abs/2503.20783).
+    - constant: sum over everything divided by sequences × `max_new_tokens`, or × T where that is 0 (Dr. GRPO,
+      https://arxiv.org/abs/2503.20783).
 
     A sequence without a token is not counted. The weights of a whole step may be computed once and then cut
     into microbatches: that is how accumulated gradients equal those of one batch.
@@ -29,7 +32,7 @@ def token_weights(mask: Bool[Array, "... T"], aggregate: Aggregate) -> Float[Arr
         "token_mean": 1.0 / jnp.maximum(masked.count(mask), 1.0),
         "sequence_mean_token_sum": 1.0 / sequences,
         "sequence_mean_token_mean": 1.0 / (sequences * jnp.maximum(tokens, 1.0)),
-        "constant": 1.0 / (sequences * mask.shape[-1]),
+        "constant": 1.0 / (sequences * (max_new_tokens or mask.shape[-1])),
     }[aggregate]
     return jnp.where(mask, per_sequence, 0.0)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 from numpy.typing import DTypeLike
 
 from policy_split_jax.model import qwen3
@@ -97,15 +97,18 @@ def score_rollouts(
 ) -> TokenScores:
     """Scores every rollout after each of its question's M prompts; arrays [M, P, G, T].
 
-    Prompts are padded on the left, responses on the right, so that the responses of all sequences lie in the
-    same columns. The state before a token predicts it: this slice is the project's only next-token shift.
-    Scores of padding are finite and mean nothing.
+    Prompts are padded on the left, responses on the right, so that the responses of all rows lie in the same
+    columns. The state before a token predicts it: the shift made here is the project's only one. Scores of
+    padding are finite and mean nothing.
     """
     questions, contexts, width = prompts.shape
     group, length = responses.shape[1:]
-    tokens, valid = join_sequences(prompts, prompt_lengths, responses, response_lengths)
-    hidden = qwen3.forward(params, tokens, config=config, valid=valid, dtype=dtype, remat=remat)
-    before = hidden[:, width - 1 : width - 1 + length]
+    per_row = responses_per_row(width, length, group)
+    rows = join_rows(prompts, prompt_lengths, responses, response_lengths, per_row)
+    hidden = qwen3.forward(
+        params, rows.tokens, config=config, valid=rows.valid, segments=rows.segments, dtype=dtype, remat=remat
+    )
+    before = _states_before(hidden, width, per_row)
     scores = score_hidden(
         qwen3.lm_head(params, config),
         before.reshape(contexts, questions * group, length, -1),
@@ -117,22 +120,54 @@ def score_rollouts(
     return jax.tree.map(lambda values: values.reshape(contexts, questions, group, length), scores)
 
 
-def join_sequences(
+class Rows(NamedTuple):
+    """Prompts with some of their responses behind them, as `qwen3.forward` reads them."""
+
+    tokens: Int[Array, "B W"]
+    valid: Bool[Array, "B W"]
+    segments: Int[Array, "B W"]
+    """0 for the prompt, 1, 2, … for the responses, which do not see each other."""
+
+
+def responses_per_row(width: int, length: int, group: int) -> int:
+    """How many responses share one computation of their prompt, a divisor of the group's size.
+
+    Sharing saves computing the prompt again for every response, but a row's attention grows with the square
+    of its length. The most is shared that does not enlarge the attention by more than half.
+    """
+    limit = 1.5 * group * (width + length) ** 2
+    sizes = [size for size in range(1, group + 1) if group % size == 0]
+    return max(size for size in sizes if group // size * (width + size * length) ** 2 <= limit)
+
+
+def join_rows(
     prompts: Int[Array, "P M S"],
     prompt_lengths: Int[Array, "P M"],
     responses: Int[Array, "P G T"],
     response_lengths: Int[Array, "P G"],
-) -> tuple[Int[Array, "B W"], Bool[Array, "B W"]]:
-    """Every response after every prompt of its question: tokens and validity, B = M·P·G, W = S + T."""
+    per_row: int,
+) -> Rows:
+    """Every response behind every prompt of its question: B = M·P·G/per_row rows of W = S + per_row·T."""
     questions, contexts, width = prompts.shape
     group, length = responses.shape[1:]
-    outer = (contexts, questions, group)
+    rows, tail = group // per_row, per_row * length
+    outer = (contexts, questions, rows)
 
-    def join(left: Array, right: Array) -> Array:
+    def join(left: Shaped[Array, "P M S"], right: Shaped[Array, "P G T"]) -> Shaped[Array, "B W"]:
         left = jnp.broadcast_to(jnp.moveaxis(left, 1, 0)[:, :, None], (*outer, width))
-        right = jnp.broadcast_to(right[None], (*outer, length))
-        return jnp.concatenate([left, right], axis=-1).reshape(-1, width + length)
+        right = jnp.broadcast_to(right.reshape(questions, rows, tail)[None], (*outer, tail))
+        return jnp.concatenate([left, right], axis=-1).reshape(-1, width + tail)
 
     prompt_valid = jnp.arange(width) >= width - prompt_lengths[..., None]
     response_valid = jnp.arange(length) < response_lengths[..., None]
-    return join(prompts, responses), join(prompt_valid, response_valid)
+    tokens = join(prompts, responses)
+    segments = jnp.concatenate([jnp.zeros(width, jnp.int32), 1 + jnp.arange(tail) // length])
+    return Rows(tokens, join(prompt_valid, response_valid), jnp.broadcast_to(segments, tokens.shape))
+
+
+def _states_before(hidden: Float[Array, "B W D"], width: int, per_row: int) -> Float[Array, "B R T D"]:
+    """The state that predicts each response token: the prompt's last, then those of the tokens before it."""
+    batch, _, size = hidden.shape
+    responses = hidden[:, width:].reshape(batch, per_row, -1, size)
+    last = jnp.broadcast_to(hidden[:, None, width - 1 : width], (batch, per_row, 1, size))
+    return jnp.concatenate([last, responses[:, :, :-1]], axis=2)

@@ -144,7 +144,7 @@ class Sampler:
                 )
 
     def _prefilled(self, params: qwen3.Params, prompts: Sequence[Prompt]) -> Iterator[_Waiting]:
-        """Every rollout to be made; prompts are computed once, as they are reached, those of a bucket together."""
+        """Every rollout to be made; prompts are computed once, as they are reached, a bucket's together."""
         by_bucket: dict[int, list[int]] = {}
         for at, prompt in enumerate(prompts):
             by_bucket.setdefault(bucket(len(prompt.tokens), self.max_prompt_tokens), []).append(at)
@@ -175,10 +175,9 @@ class Sampler:
             batch = list(group)
             # Padded to all slots, so that one compiled program serves; slots out of range are dropped.
             unused = self._slots - len(batch)
+            own_keys = [keys[item.prompt][item.index] for _, item in batch]
             request = engine.SlotRequest(
-                keys=jax.random.wrap_key_data(
-                    np.stack([keys[item.prompt][item.index] for _, item in batch] + [keys[0][0]] * unused)
-                ),
+                keys=jax.random.wrap_key_data(np.stack(own_keys + own_keys[:1] * unused)),
                 settings=SamplingSettings(
                     np.full(self._slots, sampling.temperature, np.float32),
                     np.full(self._slots, sampling.top_k, np.int32),

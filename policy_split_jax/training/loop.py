@@ -29,8 +29,8 @@ from policy_split_jax.report.page import write_report
 from policy_split_jax.rewards import GraderPool
 from policy_split_jax.rollouts import Group, grade_groups, sample_groups, step_key
 from policy_split_jax.sampler.rollout import Sampler, Sampling
-from policy_split_jax.training.batch import make_batch
 from policy_split_jax.training.checkpoint import Checkpoints
+from policy_split_jax.training.collate import make_batch
 from policy_split_jax.training.console import RunDisplay
 from policy_split_jax.training.metrics_log import MetricsLog, write_json
 from policy_split_jax.training.optimizer import make_optimizer, make_schedule

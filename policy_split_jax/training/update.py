@@ -40,6 +40,8 @@ class UpdateConfig:
     clip_high: float = 0.2
     dual_clip: float | None = None
     aggregate: Aggregate = "token_mean"
+    max_new_tokens: int = 0
+    """What the aggregate `constant` divides by: a batch's width changes with its longest response."""
     temperature: float = 1.0
     updates_per_step: int = 1
     microbatch_questions: int = 0
@@ -49,6 +51,10 @@ class UpdateConfig:
     remat: str = "none"
     two_pass: bool = False
     """Score first even with one update a step; the fused path gives the same to rounding."""
+
+    def __post_init__(self) -> None:
+        if self.aggregate == "constant" and self.max_new_tokens < 1:
+            raise ValueError("UpdateConfig: the aggregate constant needs max_new_tokens")
 
 
 class Fixed(NamedTuple):
@@ -62,6 +68,7 @@ class TokenRecord(NamedTuple):
     """What the loss saw of each token under each training mode, for the metrics."""
 
     scores: TokenScores
+    old_logprobs: Float[Array, "2 P G T"]
     advantages: Float[Array, "2 P G T"]
     clipped: Float[Array, "2 P G T"]
 
@@ -119,13 +126,14 @@ def make_update(model: qwen3.Qwen3Config, config: UpdateConfig, optimizer: optax
             clip_high=config.clip_high,
             dual_clip=config.dual_clip,
         )
-        record = TokenRecord(scores, advantage, measures["clip_fraction"])
+        record = TokenRecord(scores, old, advantage, measures["clip_fraction"])
         return masked.total(losses * weights, mask), jax.tree.map(_swap, jax.lax.stop_gradient(record))
 
     def optimizer_step(state: TrainState, batch: Batch, fixed: Fixed | None) -> tuple[TrainState, Metrics]:
         mask = token_mask(batch)
         # Both modes train on the same tokens, so their weights are the same: one row serves both.
-        weights = token_weights(jnp.broadcast_to(mask, (2, *mask.shape)), config.aggregate)[0]
+        both = jnp.broadcast_to(mask, (2, *mask.shape))
+        weights = token_weights(both, config.aggregate, config.max_new_tokens)[0]
         (value, records), gradient = accumulate_gradients(
             partial(loss, state.eta.eta), state.params, (batch, weights, fixed), microbatches(mask.shape[0])
         )
@@ -149,6 +157,7 @@ def make_update(model: qwen3.Qwen3Config, config: UpdateConfig, optimizer: optax
             parts = split_batch((batch, score_first(state, batch)), config.updates_per_step)
             state, history = jax.lax.scan(lambda now, part: optimizer_step(now, *part), state, parts)
             metrics = jax.tree.map(jnp.mean, history)
+            metrics["sampler/max_difference"] = jnp.max(history["sampler/max_difference"])
         metrics["eta"] = state.eta.eta
         eta = next_eta(state.eta, metrics["kl/high_entropy_to_normal"], config.eta)
         return state._replace(step=state.step + 1, eta=eta), metrics
@@ -176,11 +185,14 @@ def step_metrics(record: TokenRecord, batch: Batch) -> Metrics:
         metrics[f"kl/{name}"] = masked.mean(record.scores.kl[first], own)
         metrics[f"kl_k1/{name}"] = masked.mean(log_ratio, own)
         metrics[f"kl_k3/{name}"] = masked.mean(jnp.expm1(-log_ratio) + log_ratio, own)
-    return metrics | _sampler_agreement(logprobs, batch, mask)
+    return metrics | _sampler_agreement(record.old_logprobs, batch, mask)
 
 
 def _sampler_agreement(logprobs: Float[Array, "2 P G T"], batch: Batch, mask: Bool[Array, "P G T"]) -> Metrics:
-    """How far the sampler's log-probabilities lie from the trainer's, on each rollout's own mode."""
+    """How far the sampler's log-probabilities lie from the trainer's, on each rollout's own mode.
+
+    `logprobs` are those before the step: later updates move the policy away from what was sampled.
+    """
     own = jnp.where((batch.modes == NORMAL)[..., None], logprobs[NORMAL], logprobs[HIGH_ENTROPY])
     difference = masked.where(mask, batch.sampler_logprobs - own)
     return {

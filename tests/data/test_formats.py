@@ -48,9 +48,7 @@ def test_columns_by_name(path):
 
 def test_verl_layout(path):
     write(path, VERL)
-    assert read_rows(path) == [
-        Row("What is 6 times 7?", "42", "openai/gsm8k", {"index": 3, "split": "train"})
-    ]
+    assert read_rows(path) == [Row("What is 6 times 7?", "42", "openai/gsm8k", {"index": 3, "split": "train"})]
 
 
 def test_named_columns_win_over_a_chat_prompt(path):

@@ -110,9 +110,7 @@ def test_chat_template_word_for_word(tokenizer, thinking):
         "<|im_start|>user\n Make 24 from 3, 8, 5.\n<|im_end|>\n"
         "<|im_start|>assistant\n3*8<|im_end|>\n"
     )
-    ids = tokenizer.apply_chat_template([system, question], add_generation_prompt=True, **thinking)[
-        "input_ids"
-    ]
+    ids = tokenizer.apply_chat_template([system, question], add_generation_prompt=True, **thinking)["input_ids"]
     assert [ids[0], ids[1], ids[-3], ids[-2]] == [
         358,
         *tokenizer("system")["input_ids"],

@@ -163,9 +163,7 @@ def test_majority_is_solved_at_least_once_where_wrong_answers_are_none():
     assert metrics.majority_at_k(answers, np.array([[0, 0, 1], [0, 0, 0]], dtype=bool)) == pytest.approx(0.5)
 
 
-@given(
-    st.lists(st.sampled_from(["a", "b", "c", None]), min_size=1, max_size=7), st.sampled_from(["a", "b", "c"])
-)
+@given(st.lists(st.sampled_from(["a", "b", "c", None]), min_size=1, max_size=7), st.sampled_from(["a", "b", "c"]))
 @unhurried
 def test_majority_is_the_mean_over_tie_breaks(answers, truth):
     votes = {answer: answers.count(answer) for answer in answers if answer is not None}

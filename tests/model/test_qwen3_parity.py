@@ -93,9 +93,7 @@ our_loss_and_gradient = jax.jit(
     compiler_options={"xla_backend_optimization_level": 0},
 )
 # Gradients are compiled for a tied and an untied shape only.
-untied = pytest.mark.parametrize(
-    "models", [SHAPES["untied, 2 query heads a kv head"]], indirect=True, ids=["untied"]
-)
+untied = pytest.mark.parametrize("models", [SHAPES["untied, 2 query heads a kv head"]], indirect=True, ids=["untied"])
 tied_and_untied = pytest.mark.parametrize(
     "models",
     [SHAPES["tied, 8 query heads a kv head"], SHAPES["untied, 2 query heads a kv head"]],

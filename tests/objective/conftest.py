@@ -24,15 +24,18 @@ def _correctness(rewards, norm_by_std):
     return [(reward - mean) / (std + EPS) if norm_by_std else reward - mean for reward in rewards]
 
 
+def _spread(values, normalize):
+    if normalize == "range":
+        return max(values) - min(values)
+    return _unbiased_std(values) if len(values) > 1 else 0.0
+
+
 def _normalized(bonus, normalize):
     """Equation 3 over all response tokens of a question, given and returned as {(rollout, token): value}."""
     if normalize == "none" or not bonus:
         return dict(bonus)
     values = list(bonus.values())
-    if normalize == "range":
-        scale = max(values) - min(values)
-    else:
-        scale = _unbiased_std(values) if len(values) > 1 else 0.0
+    scale = _spread(values, normalize)
     return {where: (value - _mean(values)) / (scale + EPS) for where, value in bonus.items()}
 
 
@@ -82,9 +85,7 @@ def _surrogate(ratio, advantage, clip_low, clip_high, dual_clip):
     return objective, clipped < plain
 
 
-def policy_loss(
-    logprobs, old_logprobs, advantages, mask, *, aggregate, clip_low=0.2, clip_high=0.2, dual_clip=None
-):
+def policy_loss(logprobs, old_logprobs, advantages, mask, *, aggregate, clip_low=0.2, clip_high=0.2, dual_clip=None):
     logprobs, old_logprobs, advantages, mask = (
         np.broadcast_to(np.asarray(x), np.shape(logprobs)) for x in (logprobs, old_logprobs, advantages, mask)
     )

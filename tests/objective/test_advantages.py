@@ -100,9 +100,7 @@ def test_without_valid_every_rollout_counts(oracle):
     expected = oracle.dual_mode_advantages(*case, AdvantageConfig())
     np.testing.assert_allclose(compute(*case, AdvantageConfig()), expected, **TOLERANCE)
     everyone = np.ones((QUESTIONS, ROLLOUTS), bool)
-    np.testing.assert_array_equal(
-        compute(*case, AdvantageConfig()), compute(*case, AdvantageConfig(), everyone)
-    )
+    np.testing.assert_array_equal(compute(*case, AdvantageConfig()), compute(*case, AdvantageConfig(), everyone))
 
 
 def test_float32_sums_hold_at_full_length():
@@ -220,9 +218,7 @@ def test_defaults_are_the_papers():
 
 def test_eps_is_added_to_the_std_of_rewards():
     # Rewards 0 and 2e-6: deviation 1e-6, unbiased std sqrt(2)*1e-6, so A = 1 / (sqrt(2) + 1) = sqrt(2) - 1.
-    advantages = compute(
-        np.zeros((2, 1, 2, 1)), [[0.0, 2e-6]], np.ones((1, 2, 1), bool), AdvantageConfig(eta=0.0)
-    )
+    advantages = compute(np.zeros((2, 1, 2, 1)), [[0.0, 2e-6]], np.ones((1, 2, 1), bool), AdvantageConfig(eta=0.0))
     np.testing.assert_allclose(advantages[NORMAL, 0, :, 0], [1 - math.sqrt(2), math.sqrt(2) - 1], rtol=1e-5)
 
 
@@ -235,9 +231,7 @@ def test_eps_is_added_to_the_spread_of_the_bonus(normalize, size):
     np.testing.assert_allclose(advantages[HIGH_ENTROPY, 0, :, 0], [-size, size], rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "low_quantile"), [(5, 0.5), (6, 0.2), (11, 0.3), (11, 0.7), (21, 0.15), (41, 0.9)]
-)
+@pytest.mark.parametrize(("tokens", "low_quantile"), [(5, 0.5), (6, 0.2), (11, 0.3), (11, 0.7), (21, 0.15), (41, 0.9)])
 def test_a_token_exactly_at_the_quantile_keeps_its_bonus(tokens, low_quantile):
     # low_quantile * (tokens - 1) is an integer: that many tokens lie below, and one lies at the quantile.
     rank = round(low_quantile * (tokens - 1))
@@ -253,9 +247,7 @@ def test_a_token_exactly_at_the_quantile_keeps_its_bonus(tokens, low_quantile):
 def test_the_quantile_is_of_the_bonus_of_the_mode_at_hand():
     # alpha = 1: HE mode ranks by -logp_HE = 1 2 3, normal mode by -logp_N = 3 2 1; the median stays in both.
     logprobs = -np.array([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]]).reshape(2, 1, 1, 3)
-    config = AdvantageConfig(
-        alpha=1.0, eta=1.0, eta_normal=1.0, kappa=0.0, normalize="none", low_quantile=0.5
-    )
+    config = AdvantageConfig(alpha=1.0, eta=1.0, eta_normal=1.0, kappa=0.0, normalize="none", low_quantile=0.5)
     advantages = compute(logprobs, [[0.0]], np.ones((1, 1, 3), bool), config)[:, 0, 0]
     np.testing.assert_allclose(advantages, [[3.0, 2.0, 0.0], [0.0, 2.0, 3.0]], rtol=1e-6)
 
@@ -359,9 +351,7 @@ def test_kappa_zero_lets_the_bonus_through_whole():
 def test_group_of_one(norm_by_std):
     # Mean 0 and std 1, so A = r = 1/2; b = 1 2, B = -+0.707106, cut at |A|/2 = 1/4, 0.03 of which is 0.0075.
     logprobs = np.broadcast_to(np.array([-1.0, -2.0]), (2, 1, 1, 2))
-    advantages = compute(
-        logprobs, [[0.5]], np.ones((1, 1, 2), bool), AdvantageConfig(norm_by_std=norm_by_std)
-    )
+    advantages = compute(logprobs, [[0.5]], np.ones((1, 1, 2), bool), AdvantageConfig(norm_by_std=norm_by_std))
     np.testing.assert_allclose(advantages[:, 0, 0], [[0.5, 0.5], [0.4925, 0.5075]], atol=1e-6)
 
 
@@ -370,9 +360,7 @@ def test_all_ungraded_but_one_is_a_group_of_one():
     logprobs = np.full((2, 1, 3, 2), np.nan)
     logprobs[:, 0, 1] = [-1.0, -2.0]
     valid = np.array([[False, True, False]])
-    advantages = compute(
-        logprobs, [[np.nan, 0.5, np.inf]], np.ones((1, 3, 2), bool), AdvantageConfig(), valid
-    )
+    advantages = compute(logprobs, [[np.nan, 0.5, np.inf]], np.ones((1, 3, 2), bool), AdvantageConfig(), valid)
     expected = np.zeros((2, 1, 3, 2))
     expected[:, 0, 1] = [[0.5, 0.5], [0.4925, 0.5075]]
     np.testing.assert_allclose(advantages, expected, atol=1e-6)

@@ -183,9 +183,7 @@ def test_an_empty_mask_gives_zero_loss_and_zero_gradient(aggregate, dual_clip):
         loss, metrics = compute(*case, aggregate=aggregate, dual_clip=dual_clip)
         assert loss == 0.0
         assert all(math.isfinite(value) for value in metrics.values())
-        np.testing.assert_array_equal(
-            gradient(*case, aggregate=aggregate, dual_clip=dual_clip), np.zeros(SHAPE)
-        )
+        np.testing.assert_array_equal(gradient(*case, aggregate=aggregate, dual_clip=dual_clip), np.zeros(SHAPE))
 
 
 @few
@@ -280,6 +278,4 @@ def test_approx_kl_of_a_small_step_is_not_lost_to_rounding():
     for log_ratio in (1e-3, -1e-3):
         case = (np.full((2, 3), log_ratio), np.zeros((2, 3)), np.ones((2, 3)), np.ones((2, 3), bool))
         expected = log_ratio**2 / 2 + log_ratio**3 / 6
-        np.testing.assert_allclose(
-            compute(*case, aggregate="token_mean")[1]["approx_kl"], expected, rtol=1e-3
-        )
+        np.testing.assert_allclose(compute(*case, aggregate="token_mean")[1]["approx_kl"], expected, rtol=1e-3)

@@ -9,9 +9,7 @@ import pytest
 
 from policy_split_jax.report.page import write_report
 
-HOSTILE = (
-    "</script><script>document.title='broken in'</script><img src=x onerror=\"document.title='broken in'\">"
-)
+HOSTILE = "</script><script>document.title='broken in'</script><img src=x onerror=\"document.title='broken in'\">"
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 

@@ -17,9 +17,7 @@ def run_of(train=(), evaluation=(), name="tiny") -> Run:
 def everything(steps: int) -> Run:
     """A run whose rows hold every key that some chart draws."""
     panels = (*charts.OUTCOME, *charts.SPLIT, *charts.HEALTH)
-    keys = [line.key for panel in panels for line in panel.lines] + [
-        f"time/{phase}" for phase in charts.PHASES
-    ]
+    keys = [line.key for panel in panels for line in panel.lines] + [f"time/{phase}" for phase in charts.PHASES]
     passes = [f"pass@{k}/{who}" for k in (1, 2, 4) for who in ("normal", "high_entropy", "both")]
     rng = np.random.default_rng(0)
     rows = [{key: float(rng.uniform(0.1, 1)) for key in keys + passes} for _ in range(steps)]

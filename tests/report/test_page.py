@@ -93,9 +93,7 @@ def make_run(tmp_path):
     def make(name="tiny", metrics=None, samples=None, config=None, summary=None) -> Path:
         folder = tmp_path / name
         folder.mkdir(parents=True)
-        rows = (
-            [eval_row(0, 0.25), train_row(1), train_row(2), eval_row(2, 0.5)] if metrics is None else metrics
-        )
+        rows = [eval_row(0, 0.25), train_row(1), train_row(2), eval_row(2, 0.5)] if metrics is None else metrics
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         if samples is not None:
             (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
@@ -127,10 +125,7 @@ def test_the_headline_goes_from_the_first_to_the_last_evaluation(make_run):
     assert "evaluation at step 0 → 9, k = 8" in text
     assert "25.0 % → 50.0 % +25.0 points 12.5 % → 37.5 % +25.0 points" in text
     # unchanged values, one for each side of the table in its order
-    assert (
-        "Best of k highest reward of a question 0.500 → 0.500 +0.000 0.625 → 0.625 +0.000 0.750 → 0.750"
-        in text
-    )
+    assert "Best of k highest reward of a question 0.500 → 0.500 +0.000 0.625 → 0.625 +0.000 0.750 → 0.750" in text
     assert "Distinct correct different right answers a question 1.50 → 1.50 +0.000 2.50 → 2.50" in text
     # the normal column holds KL(normal ‖ high entropy)
     assert "nats per token 0.013 → 0.013 +0.000 0.250 → 0.250" in text
@@ -163,9 +158,7 @@ def test_the_policy_allows_the_two_scripts_and_nothing_else(make_run):
     page = page_of(make_run())
     policies = [a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy"]
     hashes = [b64encode(sha256(script.encode()).digest()).decode() for script in page.scripts[1:]]
-    assert policies[0].startswith(
-        f"default-src 'none'; script-src 'sha256-{hashes[0]}' 'sha256-{hashes[1]}';"
-    )
+    assert policies[0].startswith(f"default-src 'none'; script-src 'sha256-{hashes[0]}' 'sha256-{hashes[1]}';")
 
 
 def test_every_chart_has_a_heading_a_sentence_and_words(make_run):
@@ -189,11 +182,7 @@ def test_every_chart_has_a_heading_a_sentence_and_words(make_run):
 
 
 def test_the_colours_of_the_page_are_those_of_the_charts(make_run):
-    style = (
-        write_report([make_run()], make_run("x") / "report.html")
-        .read_text(encoding="utf-8")
-        .split("</style>")[0]
-    )
+    style = write_report([make_run()], make_run("x") / "report.html").read_text(encoding="utf-8").split("</style>")[0]
     assert f"--normal: {NORMAL_COLOUR};" in style
     assert f"--high-entropy: {HIGH_ENTROPY_COLOUR};" in style
 
@@ -259,9 +248,7 @@ def test_many_questions_and_answers_are_counted_instead_of_shown(make_run):
 
 
 def test_a_long_text_keeps_its_beginning_and_its_end(make_run):
-    text = page_of(
-        make_run(samples=[sample(1, text="begin" + "x" * 2 * CHARACTERS_SHOWN + "the end")])
-    ).text()
+    text = page_of(make_run(samples=[sample(1, text="begin" + "x" * 2 * CHARACTERS_SHOWN + "the end")])).text()
     assert "begin" in text
     assert "the end" in text
     assert f"[… {CHARACTERS_SHOWN + 12:,} characters left out …]" in text

@@ -171,9 +171,7 @@ def test_workers_end_with_the_pool_and_with_the_parent(reward: str):
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     project = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=project, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=project, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert _gone(int(done.stdout))
 

@@ -1,0 +1,425 @@
+"""Configurations: what is refused and with which words, and that every setting is read by somebody."""
+
+import ast
+import dataclasses
+import importlib.util
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+
+from policy_split_jax import config as settings
+from policy_split_jax.config import EtaConfig, RunConfig, SftConfig, from_dict, known_keys, load, to_dict
+from policy_split_jax.errors import UserError
+from policy_split_jax.training.update import UpdateConfig
+
+PACKAGE = Path(importlib.util.find_spec("policy_split_jax").origin).parent
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_file(text):
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write_file
+
+
+def refusal(call):
+    """The one line that a user sees."""
+    with pytest.raises(UserError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# ----------------------------------------------------------------------------------------------- reading
+
+
+def test_a_file_with_overrides(write):
+    path = write("name: a\ntrain: {steps: 5, seed: 1}\ndata: {numbers: [3, 4]}\nloss:\n  dual_clip: 3\n")
+    config = load(RunConfig, path, ["train.steps=7", "eval.k=2", "data.numbers=[4]", "output=elsewhere"])
+    assert (config.name, config.train.steps, config.train.seed, config.eval.k) == ("a", 7, 1, 2)
+    assert config.data.numbers == (4,)
+    assert config.loss.dual_clip == 3.0
+    assert config.folder == Path("elsewhere/a")
+    assert config.optimizer == settings.OptimizerConfig()
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "0.0001", '"1e-4"'])
+def test_a_number_without_a_point_is_a_number(write, text):
+    """YAML 1.1 reads 1e-4 as a string."""
+    path = write(f"name: a\noptimizer: {{learning_rate: {text}}}\nadvantage: {{eta: {text}}}\n")
+    config = load(RunConfig, path, [f"eta.gain={text}", f"loss.dual_clip={text}"])
+    values = (config.optimizer.learning_rate, config.advantage.eta, config.eta.gain, config.loss.dual_clip)
+    assert values == (1e-4,) * 4
+    assert {type(value) for value in values} == {float}
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("prompt.high_entropy=a: b", "a: b"),
+        ("prompt.high_entropy=x=y", "x=y"),
+        ("prompt.high_entropy='10'", "10"),
+        ("prompt.high_entropy=", ""),
+        ("reward.grader=my.package:score", "my.package:score"),
+    ],
+)
+def test_an_override_may_hold_anything(write, override, value):
+    config = load(RunConfig, write("name: a\n"), [override])
+    section, key = override.partition("=")[0].split(".")
+    assert getattr(getattr(config, section), key) == value
+
+
+def test_an_override_of_null_switches_off(write):
+    path = write("name: a\nloss: {dual_clip: 3}\n")
+    assert load(RunConfig, path, ["loss.dual_clip=null"]).loss.dual_clip is None
+
+
+@pytest.mark.parametrize("kind", [RunConfig, SftConfig])
+def test_a_configuration_survives_its_own_file(kind):
+    required = {"name": "a"} if kind is RunConfig else {"output": "a"}
+    tree = required | {
+        "data": {"numbers": [3, 5], "test_size": 9},
+        "optimizer": {"decay": "cosine", "decay_steps": 4, "learning_rate": 1e-7},
+        "prompt": {"high_entropy": "Überraschung: «x»\n"},
+    }
+    config = from_dict(kind, tree, "test")
+    plain = to_dict(config)
+    assert plain["data"]["numbers"] == [3, 5]
+    text = yaml.safe_dump(plain, allow_unicode=True)
+    again = from_dict(kind, yaml.safe_load(text), "test")
+    assert again == config
+    assert to_dict(again) == plain
+    assert again != from_dict(kind, required, "test")
+
+
+def test_a_configuration_is_frozen():
+    config = from_dict(RunConfig, {"name": "a"}, "test")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.train.steps = 3
+
+
+# ----------------------------------------------------------------------------------------------- refusing
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("train.stepz", "train.steps"),
+        ("optimizer.lerning_rate", "optimizer.learning_rate"),
+        ("advantage.kapa", "advantage.kappa"),
+        ("outputs", "output"),
+        ("rolout", None),
+        ("train.zzzzzzzzzzzzzzzzzzz", None),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_one(write, key, nearest):
+    path = write("name: a\n")
+    message = refusal(lambda: load(RunConfig, path, [f"{key}=1"]))
+    assert message.startswith(f"{path}: unknown key {key}")
+    if nearest is not None:
+        assert message.endswith(f"; did you mean {nearest}?")
+
+
+def test_an_unknown_section_in_the_file(write):
+    path = write("name: a\nrolouts:\n  slots: 3\n")
+    assert f"{path}: unknown key rolouts" in refusal(lambda: load(RunConfig, path))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.steps=many", ["train.steps", "'many'", "integer"]),
+        ("train.steps=1.5", ["train.steps", "1.5", "integer"]),
+        ("train.steps=", ["train.steps", "None"]),
+        ("train.steps=[1]", ["train.steps", "integer"]),
+        ("name=3", ["name", "3", "string"]),
+        ("optimizer.learning_rate=fast", ["optimizer.learning_rate", "'fast'"]),
+        ("optimizer.learning_rate=.nan", ["optimizer.learning_rate", "finite"]),
+        ("optimizer.learning_rate=.inf", ["optimizer.learning_rate", "finite"]),
+        ("advantage.eta=fast", ["advantage.eta", "'fast'"]),
+        ("model.dtype=float16", ["model.dtype", "'float16'", "'float32' or 'bfloat16'"]),
+        ("loss.aggregate=mean", ["loss.aggregate", "'mean'", "token_mean"]),
+        ("data.numbers=[a]", ["data.numbers.0", "'a'"]),
+        ("train.tensorboard=perhaps", ["train.tensorboard", "'perhaps'"]),
+        ("train=3", ["train", "3"]),
+        # Out of range.
+        ("rollout.temperature=0", ["rollout", "temperature is 0", "above 0"]),
+        ("rollout.top_p=0", ["rollout", "top_p is 0"]),
+        ("rollout.slots=0", ["rollout", "slots is 0", "at least 1"]),
+        ("advantage.kappa=0.5", ["advantage", "kappa", "at least 1"]),
+        ("advantage.alpha=2", ["advantage", "alpha", "[0, 1]"]),
+        ("eta.target_kl=0", ["eta", "target_kl", "above 0"]),
+        ("prompt.question_template=Hello", ["prompt", "question_template", "{question}"]),
+        ("optimizer.decay=cosine", ["optimizer", "decay_steps", "cosine"]),
+        ("train.updates_per_step=3", ["train.updates_per_step (3)", "rollout.questions_per_step (16)"]),
+        ("train.updates_per_step=0", ["train.updates_per_step (0)"]),
+        ("train.microbatch_questions=5", ["train.microbatch_questions (5)", "16"]),
+        ("train.microbatch_questions=-4", ["train.microbatch_questions (-4)"]),
+    ],
+)
+def test_a_bad_value_is_named(write, override, words):
+    path = write("name: a\n")
+    message = refusal(lambda: load(RunConfig, path, [override]))
+    assert message.startswith(f"{path}: ")
+    for word in words:
+        assert word in message, message
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.steps", ["'train.steps'", "section.key=value"]),
+        ("=3", ["section.key=value"]),
+        ("train.steps=[1", ["train.steps", "not a YAML value"]),
+        ("name.first=3", ["name.first", "name is not a section"]),
+    ],
+)
+def test_a_bad_override_is_named(write, override, words):
+    message = refusal(lambda: load(RunConfig, write("name: a\n"), [override]))
+    for word in words:
+        assert word in message, message
+
+
+def test_a_missing_name(write):
+    path = write("train: {steps: 3}\n")
+    assert refusal(lambda: load(RunConfig, path)) == f"{path}: name is missing"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("- a\n- b\n", "expected a mapping of settings, found list"),
+        ("", "expected a mapping of settings, found NoneType"),
+        ("name", "expected a mapping of settings, found str"),
+        ("name: [a\n", "not valid YAML"),
+        ("name: a\n\tsteps: 3\n", "not valid YAML"),
+        ("name: a\ntrain: {steps: 1}\ntrain: {seed: 2}\n", "train is there twice"),
+        ("name: a\ntrain:\n  steps: 1\n  seed: 2\n  steps: 3\n", "steps is there twice"),
+        ("name: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
+        ("name: a\ntrain:\n", "train is None"),
+    ],
+)
+def test_a_file_that_is_no_configuration(write, text, words):
+    path = write(text)
+    message = refusal(lambda: load(RunConfig, path))
+    assert message.startswith(f"{path}: ")
+    assert words in message
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"name: \xff\xfe")
+    assert "not valid YAML" in refusal(lambda: load(RunConfig, path))
+
+
+def test_a_missing_file(tmp_path):
+    message = refusal(lambda: load(RunConfig, tmp_path / "none.yaml"))
+    assert message.startswith(f"{tmp_path / 'none.yaml'}: no such configuration file")
+
+
+def test_the_high_entropy_prompt_may_stand_in_a_file(tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_text("  Surprise me.\n", encoding="utf-8")
+    chosen = settings.PromptConfig(high_entropy="unused", high_entropy_file=str(path), enable_thinking=False)
+    prompts = settings.mode_prompts(chosen)
+    assert (prompts.high_entropy, prompts.enable_thinking) == ("Surprise me.", False)
+    missing = settings.PromptConfig(high_entropy_file=str(tmp_path / "none.txt"))
+    assert f"{tmp_path / 'none.txt'}: no such file" in refusal(lambda: settings.mode_prompts(missing))
+
+
+def test_known_keys_are_all_leaves():
+    keys = list(known_keys(RunConfig))
+    assert {"name", "output", "train.steps", "advantage.eta", "eta.target_kl"} <= set(keys)
+    assert "train" not in keys
+    assert len(keys) == len(set(keys))
+    plain = to_dict(from_dict(RunConfig, {"name": "a"}, "test"))
+    flat = [
+        f"{key}.{inner}" if isinstance(value, dict) else key
+        for key, value in plain.items()
+        for inner in (value if isinstance(value, dict) else [None])
+    ]
+    assert sorted(keys) == sorted(flat)
+
+
+# -------------------------------------------------------------------------------- every setting is read
+#
+# A setting that nobody reads is a flag that does nothing. The names of variables are followed through the
+# package's syntax trees: annotated parameters, class fields and plain assignments say what a name holds,
+# and every `name.section.key` is then a read of that key of that configuration.
+
+ROOTS = (RunConfig, SftConfig, UpdateConfig)
+
+
+def nested(kind, name):
+    """The dataclass that a field holds, or None."""
+    hint = typing.get_type_hints(kind).get(name)
+    return hint if dataclasses.is_dataclass(hint) else None
+
+
+def reachable(kind):
+    yield kind
+    for item in dataclasses.fields(kind):
+        if (inner := nested(kind, item.name)) is not None:
+            yield from reachable(inner)
+
+
+CLASSES = {kind.__name__: kind for root in ROOTS for kind in reachable(root)}
+
+
+def annotated_class(annotation):
+    """The configuration class that an annotation names, or None."""
+    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+        annotation = ast.parse(annotation.value, mode="eval").body
+    name = getattr(annotation, "attr", getattr(annotation, "id", None))
+    return CLASSES.get(name)
+
+
+class Reads(ast.NodeVisitor):
+    """Collects (class, dotted key) of every setting that a module reads."""
+
+    def __init__(self):
+        self.names = {}  # what a variable holds: (root class, path of attributes, class at that path)
+        self.found = set()
+
+    def place(self, node):
+        """(root, path, class) of an expression that is a configuration or a section of one, or None."""
+        if isinstance(node, ast.Name):
+            return self.names.get(node.id)
+        if isinstance(node, ast.Attribute):
+            if (held := self.names.get(ast.unparse(node))) is not None:
+                return held
+            base = self.place(node.value)
+            inner = base and nested(base[2], node.attr)
+            return base and inner and (base[0], (*base[1], node.attr), inner)
+        if isinstance(node, ast.Call) and node.args:
+            function = ast.unparse(node.func).split(".")[-1]
+            if function in ("load", "from_dict"):
+                kind = annotated_class(node.args[0])
+                return kind and (kind, (), kind)
+            if function == "replace":
+                return self.place(node.args[0])
+        return None
+
+    def hold(self, name, place):
+        if place:
+            self.names[name] = place
+        else:
+            self.names.pop(name, None)
+
+    def visit_ClassDef(self, node):
+        before = dict(self.names)
+        for item in node.body:
+            if isinstance(item, ast.AnnAssign) and (kind := annotated_class(item.annotation)):
+                self.names[f"self.{item.target.id}"] = (kind, (), kind)
+        if kind := CLASSES.get(node.name):
+            self.names["self"] = (kind, (), kind)
+        self.generic_visit(node)
+        self.names = before
+
+    def visit_FunctionDef(self, node):
+        if node.name == "__post_init__":
+            return  # checks alone are no use of a setting
+        before = dict(self.names)
+        for argument in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]:
+            if argument.arg != "self":
+                kind = argument.annotation and annotated_class(argument.annotation)
+                self.hold(argument.arg, kind and (kind, (), kind))
+        self.generic_visit(node)
+        self.names = before
+
+    def visit_Assign(self, node):
+        self.generic_visit(node)
+        for target in node.targets:
+            if isinstance(target, ast.Name | ast.Attribute):
+                self.hold(ast.unparse(target), self.place(node.value))
+
+    def visit_Attribute(self, node):
+        self.generic_visit(node)
+        base = self.place(node.value)
+        if base and isinstance(node.ctx, ast.Load) and node.attr in {f.name for f in dataclasses.fields(base[2])}:
+            self.found.add((base[0], ".".join((*base[1], node.attr))))
+
+    def visit_Call(self, node):
+        self.generic_visit(node)
+        whole = node.args and ast.unparse(node.func).split(".")[-1] == "asdict" and self.place(node.args[0])
+        if whole:
+            for item in dataclasses.fields(whole[2]):
+                self.found.add((whole[0], ".".join((*whole[1], item.name))))
+
+
+def reads_of(source):
+    visitor = Reads()
+    visitor.visit(ast.parse(source))
+    return visitor.found
+
+
+def unread(kind, found):
+    """Dotted keys that nobody reads, neither through the whole configuration nor through their section alone."""
+    missing = []
+    for item in dataclasses.fields(kind):
+        inner = nested(kind, item.name)
+        if inner is None:
+            missing += [item.name] * ((kind, item.name) not in found)
+            continue
+        deeper = found | {
+            (inner, key.removeprefix(f"{item.name}.")) for root, key in found if root is kind and "." in key
+            and key.startswith(f"{item.name}.")
+        }  # fmt: skip
+        missing += [f"{item.name}.{key}" for key in unread(inner, deeper)]
+    return missing
+
+
+@pytest.mark.parametrize("kind", ROOTS, ids=lambda kind: kind.__name__)
+def test_every_setting_is_read(kind):
+    found = set().union(*(reads_of(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")))
+    assert unread(kind, found) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "key"),
+    [
+        ("def f(config: RunConfig):\n    return config.train.steps", "train.steps"),
+        ("def f(config: 'settings.RunConfig'):\n    part = config.train\n    return part.steps", "train.steps"),
+        ("class A:\n    config: RunConfig\n    def f(self):\n        return self.config.train.steps", "train.steps"),
+        ("def f():\n    config = settings.load(RunConfig, path)\n    g(config.train.steps)", "train.steps"),
+        ("def f(config: RunConfig):\n    def g():\n        return config.train.steps\n    return g", "train.steps"),
+        ("def f(config: EtaConfig):\n    return config.gain", "eta.gain"),
+        ("def f(config: RunConfig):\n    return asdict(config.model)", "model.path"),
+        ("def f(config: RunConfig):\n    return replace(config.eta, gain=1).target_kl", "eta.target_kl"),
+    ],
+)
+def test_a_read_is_seen(source, key):
+    assert key not in unread(RunConfig, reads_of(source))
+    assert "optimizer.b1" in unread(RunConfig, reads_of(source))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def f(config: SftConfig):\n    return config.eval.k",
+        "def f(eval):\n    return eval.k",
+        "def f(config: RunConfig):\n    config.eval.k = 3",
+        "class EvalConfig:\n    def __post_init__(self):\n        assert self.k",
+        "def f(config: RunConfig):\n    config = other()\n    return config.eval.k",
+    ],
+)
+def test_no_read_is_seen_where_there_is_none(source):
+    assert "eval.k" in unread(RunConfig, reads_of(source))
+
+
+def test_settings_of_the_equations_keep_their_paper_values():
+    """The defaults are the paper's: a changed one changes every run that does not name it."""
+    config = from_dict(RunConfig, {"name": "a"}, "test")
+    advantage = config.advantage
+    assert (advantage.eta, advantage.alpha, advantage.kappa, advantage.eta_normal) == (0.03, 0.5, 2.0, 0.0)
+    assert (config.loss.clip_low, config.loss.clip_high, config.optimizer.learning_rate) == (0.2, 0.2, 3e-6)
+    assert (config.optimizer.weight_decay, config.optimizer.gradient_clip) == (0.01, 1.0)
+    assert (config.rollout.rollouts_per_mode, config.rollout.temperature, config.rollout.top_p) == (4, 1.0, 1.0)
+    assert config.eta == EtaConfig()
+    assert config.eta.schedule == "constant"

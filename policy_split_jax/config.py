@@ -20,7 +20,7 @@ from policy_split_jax.objective.losses import Aggregate
 EMBEDDED = "embedded"
 
 
-def _require(name: str, value: float, holds: bool, rule: str) -> None:
+def _require(name: str, value: int | float, holds: bool, rule: str) -> None:
     if not holds:
         raise ValueError(f"{name} is {value}; it must be {rule}")
 

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Int
 
 _SMALLEST_BUCKET = 16
+TokenRow = Sequence[int] | Int[np.ndarray, "_"]
 
 
 def bucket(length: int, limit: int) -> int:
@@ -19,7 +20,7 @@ def bucket(length: int, limit: int) -> int:
     return min(size, limit)
 
 
-def pad_right(rows: Sequence[Sequence[int]], width: int) -> Int[np.ndarray, "R W"]:
+def pad_right(rows: Sequence[TokenRow], width: int) -> Int[np.ndarray, "R W"]:
     """Rows padded with 0 behind."""
     padded = np.zeros((len(rows), width), np.int32)
     for at, row in enumerate(rows):
@@ -27,7 +28,7 @@ def pad_right(rows: Sequence[Sequence[int]], width: int) -> Int[np.ndarray, "R W
     return padded
 
 
-def pad_left(rows: Sequence[Sequence[int]], width: int) -> Int[np.ndarray, "R W"]:
+def pad_left(rows: Sequence[TokenRow], width: int) -> Int[np.ndarray, "R W"]:
     """Rows padded with 0 in front."""
     padded = np.zeros((len(rows), width), np.int32)
     for at, row in enumerate(rows):
@@ -35,5 +36,5 @@ def pad_left(rows: Sequence[Sequence[int]], width: int) -> Int[np.ndarray, "R W"
     return padded
 
 
-def lengths(rows: Sequence[Sequence[int]]) -> Int[np.ndarray, "R"]:
+def lengths(rows: Sequence[TokenRow]) -> Int[np.ndarray, "R"]:
     return np.array([len(row) for row in rows], np.int32)

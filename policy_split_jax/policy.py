@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -29,7 +29,7 @@ class Policy:
     stop_ids: tuple[int, ...]
     prompts: ModePrompts
 
-    def text(self, tokens: Sequence[int]) -> str:
+    def text(self, tokens: Iterable[int]) -> str:
         """A rollout's text, without its stop token."""
         return decode_response(self.tokenizer, [int(token) for token in tokens], self.stop_ids)
 

@@ -62,10 +62,10 @@ def test_a_number_without_a_point_is_a_number(write, text):
 @pytest.mark.parametrize(
     ("override", "value"),
     [
-        ("prompt.high_entropy=a: b", "a: b"),
+        ("prompt.high_entropy='a: b'", "a: b"),
         ("prompt.high_entropy=x=y", "x=y"),
         ("prompt.high_entropy='10'", "10"),
-        ("prompt.high_entropy=", ""),
+        ("prompt.high_entropy=''", ""),
         ("reward.grader=my.package:score", "my.package:score"),
     ],
 )
@@ -297,7 +297,7 @@ class Reads(ast.NodeVisitor):
             base = self.place(node.value)
             inner = base and nested(base[2], node.attr)
             return base and inner and (base[0], (*base[1], node.attr), inner)
-        if isinstance(node, ast.Call) and node.args:
+        if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Name | ast.Attribute):
             function = ast.unparse(node.func).split(".")[-1]
             if function in ("load", "from_dict"):
                 kind = annotated_class(node.args[0])

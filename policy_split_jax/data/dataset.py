@@ -40,8 +40,7 @@ def load_rows(
         return read_rows(source, question_column, answer_column)
     found = countdown.puzzles(split, numbers=numbers, count=count, seed=seed, max_number=max_number)
     return [
-        Row(countdown.render(puzzle), countdown.ground_truth(puzzle), "countdown", {"split": split})
-        for puzzle in found
+        Row(countdown.render(puzzle), countdown.ground_truth(puzzle), "countdown", {"split": split}) for puzzle in found
     ]
 
 
@@ -91,8 +90,6 @@ def _check(rows: int, batch_size: int, seed: int, process_index: int, process_co
     if not 0 <= process_index < process_count:
         raise UserError(f"process index {process_index} must lie in 0..{process_count - 1}")
     if batch_size % process_count:
-        raise UserError(
-            f"batch size {batch_size} does not divide among {process_count} processes; choose a multiple"
-        )
+        raise UserError(f"batch size {batch_size} does not divide among {process_count} processes; choose a multiple")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed {seed} must lie in 0..{2**32 - 1}")

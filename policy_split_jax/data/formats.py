@@ -24,9 +24,7 @@ class Row:
     extra_info: dict[str, Any] = field(default_factory=dict)
 
 
-def read_rows(
-    path: str | Path, question_column: str = "question", answer_column: str = "answer"
-) -> list[Row]:
+def read_rows(path: str | Path, question_column: str = "question", answer_column: str = "answer") -> list[Row]:
     """Reads a `.jsonl` or `.parquet` file.
 
     A record that has both named columns is plain; otherwise one whose `prompt` is a list of chat messages is
@@ -36,9 +34,7 @@ def read_rows(
     Raises UserError, naming the file, the line or row (from 1) and the remedy, for whatever does not fit.
     """
     path = Path(path)
-    rows = [
-        _row(place, path.stem, record, question_column, answer_column) for place, record in read_records(path)
-    ]
+    rows = [_row(place, path.stem, record, question_column, answer_column) for place, record in read_records(path)]
     if not rows:
         raise UserError(f"{path}: holds no rows; give a file with at least one question")
     return rows
@@ -116,9 +112,7 @@ def _row(place: str, stem: str, record: dict[str, Any], question_column: str, an
 def _column(place: str, record: dict[str, Any], column: str) -> Any:
     if column not in record:
         found = ", ".join(map(str, record)) or "none"
-        raise UserError(
-            f"{place}: no column {column!r}; columns found: {found}; set question_column and answer_column"
-        )
+        raise UserError(f"{place}: no column {column!r}; columns found: {found}; set question_column and answer_column")
     return record[column]
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
-from numpy.typing import DTypeLike
 
 from policy_split_jax.data.formats import Row
 from policy_split_jax.evaluation import metrics
@@ -155,9 +155,12 @@ def pass_metrics(groups: Sequence[Group], k: int) -> Row_:
         for size in _powers_of_two(k):
             row[f"pass@{size}/{name}"] = metrics.pass_at_k(correct[mode], size)
     for size in _powers_of_two(k)[1:]:
-        row[f"pass@{size}/both"] = metrics.pass_at_k_split(*correct, size)
-    both = [[*first, *second] for first, second in zip(*answers, strict=True)]
-    row[f"maj@{k}/both"] = metrics.majority_at_k(both, np.concatenate(correct, axis=1))
+        row[f"pass@{size}/both"] = metrics.pass_at_k_split(correct[NORMAL], correct[HIGH_ENTROPY], size)
+    # As many votes as one mode has, half of them from each.
+    half = k // 2
+    both = [[*first[:half], *second[:half]] for first, second in zip(*answers, strict=True)]
+    if half:
+        row[f"maj@{k}/both"] = metrics.majority_at_k(both, np.concatenate([part[:, :half] for part in correct], axis=1))
     return row
 
 
@@ -232,7 +235,7 @@ def evaluate(
         max_new_tokens=sampling.max_new_tokens,
     )
     scores = score(scorer, params, groups)
-    row = {"k": k, "questions": len(rows)}
+    row: Row_ = {"k": k, "questions": len(rows)}
     row |= outcome_metrics(groups) | pass_metrics(groups, k) | distribution_metrics(groups, scores)
     row["time/eval"] = time.perf_counter() - started
     return row, groups, scores

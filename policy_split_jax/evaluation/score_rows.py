@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
-from numpy.typing import DTypeLike
+from jax.typing import DTypeLike
 
 from policy_split_jax.errors import UserError
 from policy_split_jax.model import qwen3
@@ -37,13 +37,14 @@ def score_answers(
     for (_, record), tokens, scores in _scored(
         params, policy, records, prompts, responses, temperature, dtype, with_kl=True
     ):
+        divergence = cast(np.ndarray, scores.kl)
         yield {
             **record,
             "response_tokens": tokens,
             "normal": _of_context(scores, NORMAL),
             "high-entropy": _of_context(scores, HIGH_ENTROPY),
-            "kl_normal_to_high_entropy": scores.kl[NORMAL].tolist(),
-            "kl_high_entropy_to_normal": scores.kl[HIGH_ENTROPY].tolist(),
+            "kl_normal_to_high_entropy": divergence[NORMAL].tolist(),
+            "kl_high_entropy_to_normal": divergence[HIGH_ENTROPY].tolist(),
         }
 
 

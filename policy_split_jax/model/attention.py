@@ -28,9 +28,7 @@ def attention(
     return mixed.reshape(batch, length, heads, head_dim)
 
 
-def causal_mask(
-    valid: Bool[Array, "B T"], segments: Int[Array, "B T"] | None = None
-) -> Bool[Array, "B T T"]:
+def causal_mask(valid: Bool[Array, "B T"], segments: Int[Array, "B T"] | None = None) -> Bool[Array, "B T T"]:
     """Each position sees the valid positions up to itself; padding is seen by nobody.
 
     With `segments`, a position sees its own segment and segment 0: several responses after one prompt.

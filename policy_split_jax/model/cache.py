@@ -1,14 +1,14 @@
 """The key/value cache of decoding: one pair of arrays per layer.
 
 A layer's cache is an array of its own, not a slice of one stacked array: a decode step then updates it in
-place. In a scan over layers XLA copies the stacked cache every step (measured in docs/performance.md).
+place, where a scan over layers would carry the stacked cache through every layer.
 """
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
-from numpy.typing import DTypeLike
 
 from policy_split_jax.model.attention import attention
 

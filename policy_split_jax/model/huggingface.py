@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import DTypeLike
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -516,7 +516,7 @@ def _write_weights(
     for number, shard in enumerate(shards, start=1):
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         arrays = {tensor.name: _file_array(tensor, leaves[tensor.path], dtype) for tensor in shard}
-        # transformers asks for this key.
+        # transformers 4 refuses a file without this key.
         save_file(arrays, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(arrays, file))
     if len(shards) > 1:

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
-from numpy.typing import DTypeLike
 
 from policy_split_jax.model.attention import attention, causal_mask
 from policy_split_jax.model.cache import Cache, LayerCache, attend_cached

@@ -9,11 +9,10 @@ from policy_split_jax import masked
 
 Aggregate = Literal["token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean", "constant"]
 Metrics = dict[str, Float[Array, ""]]
+_LARGEST_LOG_RATIO = 20.0
 
 
-def token_weights(
-    mask: Bool[Array, "... T"], aggregate: Aggregate, max_new_tokens: int = 0
-) -> Float[Array, "... T"]:
+def token_weights(mask: Bool[Array, "... T"], aggregate: Aggregate, max_new_tokens: int = 0) -> Float[Array, "... T"]:
     """Weights w with loss = Σ w·ℓ; 0 at masked positions.
 
     - token_mean: every token of the batch counts the same (DAPO, https://arxiv.org/abs/2503.14476);
@@ -45,13 +44,14 @@ def token_losses(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
-) -> tuple[Float[Array, "..."], Metrics]:
+) -> tuple[Float[Array, "..."], dict[str, Float[Array, "..."]]]:
     """−min(ρA, clip(ρ, 1−ε_low, 1+ε_high)A) of each token, and what to measure of each token.
 
     ρ = exp(logp − logp_old) (PPO, https://arxiv.org/abs/1707.06347). With `dual_clip` c > 1 a token of
     negative advantage loses at most c·|A| (https://arxiv.org/abs/1912.09729).
     """
-    log_ratio = logprobs - old_logprobs
+    # Beyond ±20 the ratio would overflow, and its gradient with it.
+    log_ratio = jnp.clip(logprobs - old_logprobs, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
     ratio = jnp.exp(log_ratio)
     plain = ratio * advantages
     clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages
@@ -61,7 +61,7 @@ def token_losses(
     measures = {
         "clip_fraction": (clipped < plain).astype(jnp.float32),
         "ratio_mean": ratio,
-        "approx_kl": (ratio - 1) - log_ratio,
+        "approx_kl": jnp.expm1(log_ratio) - log_ratio,
     }
     return -surrogate, measures
 

@@ -250,9 +250,7 @@ def time_chart(runs: Sequence[Run]) -> Chart | None:
             "xaxis": {"title": {"text": ""}, "type": "category"},
         }
     look_for = "The rollout usually takes most of a step; a phase that grows is where to look first."
-    words = (
-        f"{trace['name']}: {sum(trace['y']) / len(trace['y']):.3g} s a step on average" for trace in data
-    )
+    words = (f"{trace['name']}: {sum(trace['y']) / len(trace['y']):.3g} s a step on average" for trace in data)
     return Chart("time", "Time per phase", look_for, data, layout, "; ".join(words))
 
 

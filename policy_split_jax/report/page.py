@@ -49,9 +49,7 @@ HEADLINES = (
         {"normal": "kl/normal_to_high_entropy", "high_entropy": "kl/high_entropy_to_normal"},
     ),
     Headline("Best of k", "highest reward of a question", _each_side("best_of_k", *SIDES)),
-    Headline(
-        "Distinct correct", "different right answers a question", _each_side("distinct_correct", *SIDES)
-    ),
+    Headline("Distinct correct", "different right answers a question", _each_side("distinct_correct", *SIDES)),
 )
 
 
@@ -85,9 +83,7 @@ def render(runs: Sequence[Run]) -> str:
         or '<p class="muted">No training step has been recorded yet, so there are no charts.</p>',
         samples=_samples(runs),
         details=_details(runs),
-        data=_json(
-            [{"slug": c.slug, "data": c.data, "layout": c.layout} for _, group in sections for c in group]
-        ),
+        data=_json([{"slug": c.slug, "data": c.data, "layout": c.layout} for _, group in sections for c in group]),
         plotly=plotly,
         script=script,
     )
@@ -138,8 +134,7 @@ def _headline(runs: Sequence[Run]) -> str:
     rows = [_headline_row(line, run, len(runs), i) for line in HEADLINES for i, run in enumerate(runs)]
     run_column = '<th scope="col" class="run-name">run</th>' if len(runs) > 1 else ""
     sides = "".join(
-        f'<th scope="col" class="side-name {side}-text">{html.escape(label)}</th>'
-        for side, label in SIDES.items()
+        f'<th scope="col" class="side-name {side}-text">{html.escape(label)}</th>' for side, label in SIDES.items()
     )
     return (
         '<div class="card"><div class="scroll" tabindex="0" role="region" aria-label="Start and end">'
@@ -201,9 +196,7 @@ def _section(heading: str, charts: Sequence[Chart]) -> str:
 def _card(chart: Chart) -> str:
     title, summary = html.escape(chart.title), html.escape(f"{chart.title}. {chart.summary}")
     button = (
-        f'<button type="button" data-chart="{chart.slug}" aria-pressed="false">log axis</button>'
-        if chart.log
-        else ""
+        f'<button type="button" data-chart="{chart.slug}" aria-pressed="false">log axis</button>' if chart.log else ""
     )
     # The legend stands above the lines, and takes a row for every entry or two.
     height = 300 + 18 * max(0, sum(trace["showlegend"] for trace in chart.data) - 3)
@@ -224,9 +217,7 @@ def _samples(runs: Sequence[Run]) -> str:
         f'<option value="{i}"{" selected" * (i == len(sets) - 1)}>{html.escape(label)}</option>'
         for i, (label, _) in enumerate(sets)
     )
-    blocks = "\n".join(
-        f'<div data-samples="{i}">{_questions(rows)}</div>' for i, (_, rows) in enumerate(sets)
-    )
+    blocks = "\n".join(f'<div data-samples="{i}">{_questions(rows)}</div>' for i, (_, rows) in enumerate(sets))
     return (
         "<h2>Samples of both modes</h2>"
         '<p class="pick"><label for="sample-choice">First and last step that were sampled:</label>'
@@ -240,9 +231,7 @@ def _sample_sets(run: Run, several: bool) -> list[tuple[str, list[Row]]]:
         sets.setdefault((row["step"], row["kind"]), []).append(row)
     kinds = {"train": "training", "eval": "evaluation"}
     name = f"{run.name} · " if several else ""
-    return [
-        (f"{name}step {step:,} · {kinds.get(kind, kind)}", sets[step, kind]) for step, kind in sorted(sets)
-    ]
+    return [(f"{name}step {step:,} · {kinds.get(kind, kind)}", sets[step, kind]) for step, kind in sorted(sets)]
 
 
 def _questions(rows: Sequence[Row]) -> str:
@@ -282,9 +271,7 @@ def _answer(row: Row) -> str:
     if row.get("finish_reason") == "length":
         notes.append("<span>cut off at the length limit</span>")
     head, text = "".join(notes), _text(str(row.get("text", "")))
-    return (
-        f'<div class="answer"><div class="head">{head}</div><div class="text" tabindex="0">{text}</div></div>'
-    )
+    return f'<div class="answer"><div class="head">{head}</div><div class="text" tabindex="0">{text}</div></div>'
 
 
 def _mark(reward: float | None) -> str:
@@ -308,9 +295,7 @@ def _details(runs: Sequence[Run]) -> str:
         if run.config is not None:
             blocks.append(_folded(f"Configuration of {run.name}", run.config))
         if run.summary is not None:
-            blocks.append(
-                _folded(f"Summary of {run.name}", json.dumps(run.summary, indent=2, ensure_ascii=False))
-            )
+            blocks.append(_folded(f"Summary of {run.name}", json.dumps(run.summary, indent=2, ensure_ascii=False)))
     return "<h2>Settings</h2>" + "".join(blocks) if blocks else ""
 
 

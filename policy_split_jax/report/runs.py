@@ -35,9 +35,7 @@ def read_run(folder: Path, name: str) -> Run:
     """Reads metrics.jsonl (required), samples.jsonl, config.yaml and summary.json (where there are any)."""
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
-        raise UserError(
-            f"{metrics} not found; give the folder of a run that `policy-split train` has started"
-        )
+        raise UserError(f"{metrics} not found; give the folder of a run that `policy-split train` has started")
     rows = list(read_rows(metrics))
     samples, config = folder / "samples.jsonl", folder / "config.yaml"
     return Run(
@@ -119,6 +117,5 @@ def _names(folders: Sequence[Path]) -> list[str]:
     paths = [folder.resolve() for folder in folders]
     names = [path.name for path in paths]
     return [
-        f"{path.parent.name}/{name}" if names.count(name) > 1 else name
-        for path, name in zip(paths, names, strict=True)
+        f"{path.parent.name}/{name}" if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)
     ]

@@ -87,9 +87,7 @@ class GraderPool:
         UserError: the reward is unknown or does not load, or a setting is not positive.
     """
 
-    def __init__(
-        self, reward: str, workers: int = 2, time_limit: float = 5.0, memory_limit_mb: int = 2048
-    ) -> None:
+    def __init__(self, reward: str, workers: int = 2, time_limit: float = 5.0, memory_limit_mb: int = 2048) -> None:
         if reward not in BUILT_IN and ":" not in reward:
             known = ", ".join(BUILT_IN)
             raise UserError(f"unknown reward {reward!r}: use {known}, module:function or file.py:function")

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
-from numpy.typing import DTypeLike
 
 from policy_split_jax.model import qwen3
 from policy_split_jax.model.cache import Cache, LayerCache, init_cache

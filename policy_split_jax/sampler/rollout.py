@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
-from numpy.typing import DTypeLike
 
 from policy_split_jax.errors import UserError
 from policy_split_jax.model import qwen3
@@ -43,9 +43,9 @@ class Prompt(NamedTuple):
 class Rollout(NamedTuple):
     """One sampled response."""
 
-    tokens: Int[np.ndarray, "T"]
+    tokens: Int[np.ndarray, "_"]
     """New tokens, the stop token included where there is one."""
-    logprobs: Float[np.ndarray, "T"]
+    logprobs: Float[np.ndarray, "_"]
     """Their log-probabilities at the sampling temperature (nats)."""
     finish_reason: FinishReason
 
@@ -177,13 +177,13 @@ class Sampler:
             unused = self._slots - len(batch)
             own_keys = [keys[item.prompt][item.index] for _, item in batch]
             request = engine.SlotRequest(
-                keys=jax.random.wrap_key_data(np.stack(own_keys + own_keys[:1] * unused)),
+                keys=jax.random.wrap_key_data(jnp.asarray(np.stack(own_keys + own_keys[:1] * unused))),
                 settings=SamplingSettings(
-                    np.full(self._slots, sampling.temperature, np.float32),
-                    np.full(self._slots, sampling.top_k, np.int32),
-                    np.full(self._slots, sampling.top_p, np.float32),
+                    jnp.full(self._slots, sampling.temperature, jnp.float32),
+                    jnp.full(self._slots, sampling.top_k, jnp.int32),
+                    jnp.full(self._slots, sampling.top_p, jnp.float32),
                 ),
-                limits=np.full(self._slots, sampling.max_new_tokens, np.int32),
+                limits=jnp.full(self._slots, sampling.max_new_tokens, jnp.int32),
             )
             rows = np.array([item.row for _, item in batch] + [0] * unused, np.int32)
             slots = np.array([slot for slot, _ in batch] + [self._slots] * unused, np.int32)

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -13,18 +12,18 @@ class Batch(NamedTuple):
     sampled it is the column `modes`: nothing depends on the order of a question's rollouts.
     """
 
-    prompts: Int[Array, "P 2 S"] | Int[np.ndarray, "P 2 S"]
+    prompts: Int[Array, "P 2 S"]
     """The question's prompt in each mode, padded on the left."""
-    prompt_lengths: Int[Array, "P 2"] | Int[np.ndarray, "P 2"]
-    responses: Int[Array, "P G T"] | Int[np.ndarray, "P G T"]
+    prompt_lengths: Int[Array, "P 2"]
+    responses: Int[Array, "P G T"]
     """Sampled tokens, the stop token included; padded on the right."""
-    response_lengths: Int[Array, "P G"] | Int[np.ndarray, "P G"]
-    modes: Int[Array, "P G"] | Int[np.ndarray, "P G"]
+    response_lengths: Int[Array, "P G"]
+    modes: Int[Array, "P G"]
     """The mode that sampled each rollout."""
-    truncated: Bool[Array, "P G"] | Bool[np.ndarray, "P G"]
+    truncated: Bool[Array, "P G"]
     """Ended by the length limit, not by a stop token."""
-    rewards: Float[Array, "P G"] | Float[np.ndarray, "P G"]
-    graded: Bool[Array, "P G"] | Bool[np.ndarray, "P G"]
+    rewards: Float[Array, "P G"]
+    graded: Bool[Array, "P G"]
     """False where the grader failed: such a rollout counts nowhere."""
-    sampler_logprobs: Float[Array, "P G T"] | Float[np.ndarray, "P G T"]
+    sampler_logprobs: Float[Array, "P G T"]
     """What the sampler computed while sampling (nats)."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 from policy_split_jax.padding import bucket, lengths, pad_left, pad_right
@@ -31,13 +32,17 @@ def make_batch(
         for index, rollout in enumerate(group):
             logprobs[at, index, : len(rollout.logprobs)] = rollout.logprobs
     return Batch(
-        prompts=np.stack([pad_left(pair, width) for pair in prompts]),
-        prompt_lengths=np.stack([lengths(pair) for pair in prompts]),
-        responses=np.stack([pad_right([rollout.tokens for rollout in group], length) for group in rollouts]),
-        response_lengths=np.stack([lengths([rollout.tokens for rollout in group]) for group in rollouts]),
-        modes=np.array(modes, np.int32),
-        truncated=np.array([[rollout.finish_reason == "length" for rollout in group] for group in rollouts]),
-        rewards=np.array(values, np.float32),
-        graded=graded,
-        sampler_logprobs=logprobs,
+        prompts=jnp.asarray(np.stack([pad_left(pair, width) for pair in prompts])),
+        prompt_lengths=jnp.asarray(np.stack([lengths(pair) for pair in prompts])),
+        responses=jnp.asarray(
+            np.stack([pad_right([rollout.tokens for rollout in group], length) for group in rollouts])
+        ),
+        response_lengths=jnp.asarray(np.stack([lengths([rollout.tokens for rollout in group]) for group in rollouts])),
+        modes=jnp.asarray(np.array(modes, np.int32)),
+        truncated=jnp.asarray(
+            np.array([[rollout.finish_reason == "length" for rollout in group] for group in rollouts])
+        ),
+        rewards=jnp.asarray(np.array(values, np.float32)),
+        graded=jnp.asarray(graded),
+        sampler_logprobs=jnp.asarray(logprobs),
     )

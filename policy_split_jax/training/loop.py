@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import yaml
 
 import policy_split_jax
@@ -84,7 +85,7 @@ class Trainer:
         clock.lap("update")
         row = outcome_metrics(groups) | metrics | clock.times()
         row["tokens/rollout"] = sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)
-        row["learning_rate"] = float(make_schedule(self.config.optimizer)(self._updates(step - 1)))
+        row["learning_rate"] = float(np.asarray(make_schedule(self.config.optimizer)(self._updates(step - 1))))
         self.log.row("train", step, row)
         self.log.samples("train", step, sample_rows(groups[: self.config.train.sample_questions]))
         self.display.step(step, row)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ class SftBatch(NamedTuple):
 class SftState(NamedTuple):
     """What an update changes."""
 
-    params: qwen3.Params
+    params: Any
     opt_state: optax.OptState
 
 

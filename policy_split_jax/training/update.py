@@ -9,7 +9,7 @@ rollouts, so microbatches are whole questions.
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -169,6 +169,7 @@ def step_metrics(record: TokenRecord, batch: Batch) -> Metrics:
     """What is measured of the tokens of a step; means over tokens, nats."""
     mask = token_mask(batch)
     logprobs = record.scores.logprobs
+    divergence = cast(Array, record.scores.kl)
     metrics: Metrics = {}
     for mode, name in enumerate(MODE_NAMES):
         own = mask & (batch.modes == mode)[..., None]
@@ -182,7 +183,7 @@ def step_metrics(record: TokenRecord, batch: Batch) -> Metrics:
     ):
         own = mask & (batch.modes == first)[..., None]
         log_ratio = masked.where(own, logprobs[first] - logprobs[second])
-        metrics[f"kl/{name}"] = masked.mean(record.scores.kl[first], own)
+        metrics[f"kl/{name}"] = masked.mean(divergence[first], own)
         metrics[f"kl_k1/{name}"] = masked.mean(log_ratio, own)
         metrics[f"kl_k3/{name}"] = masked.mean(jnp.expm1(-log_ratio) + log_ratio, own)
     return metrics | _sampler_agreement(record.old_logprobs, batch, mask)

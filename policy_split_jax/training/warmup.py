@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import policy_split_jax
@@ -116,10 +117,10 @@ def _batches(lessons: Sequence[Lesson], config: SftConfig) -> Iterator[SftBatch]
         prompts = [lesson.prompts[draw.random() < config.train.high_entropy_fraction] for lesson in chosen]
         answers = [draw.choice(lesson.answers) for lesson in chosen]
         yield SftBatch(
-            pad_left(prompts, width)[:, None],
-            lengths(prompts)[:, None],
-            pad_right(answers, length)[:, None],
-            lengths(answers)[:, None],
+            jnp.asarray(pad_left(prompts, width)[:, None]),
+            jnp.asarray(lengths(prompts)[:, None]),
+            jnp.asarray(pad_right(answers, length)[:, None]),
+            jnp.asarray(lengths(answers)[:, None]),
         )
 
 

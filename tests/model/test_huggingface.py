@@ -192,9 +192,8 @@ def test_a_window_that_is_off_is_no_window(tmp_path):
 )
 def test_config_refusals_name_file_and_key(tmp_path, key, value):
     path = write_json(tmp_path / "config.json", {**FLAT_CONFIG, key: value})
-    # Our own checks of sizes that do not go together speak of them by our names; transformers has no
-    # name of its own for contradictory rotary bases.
-    spoken = {"num_key_value_heads": "num_kv_heads", "rope_parameters": "rope_parameters"}.get(key, key)
+    # The model's own check of sizes that do not go together uses our name.
+    spoken = "num_kv_heads" if key == "num_key_value_heads" else key
     with pytest.raises(UserError, match=spoken) as caught:
         huggingface.load_config(tmp_path)
     assert str(path) in str(caught.value)
@@ -604,6 +603,8 @@ def test_export_into_an_empty_or_deep_folder(tmp_path, tied_folder):
         huggingface.save_model(target, params, config)
         assert sorted(file.name for file in target.iterdir()) == ["config.json", "model.safetensors"]
         assert [file.name for file in target.parent.iterdir() if file.name.startswith(".")] == []
+    with safe_open(tmp_path / "empty" / "model.safetensors", framework="numpy") as handle:
+        assert handle.metadata() == {"format": "pt"}
     # Readable by whom the user's umask says, like any other folder, not by the owner alone.
     (tmp_path / "plain").mkdir()
     assert (tmp_path / "empty").stat().st_mode == (tmp_path / "plain").stat().st_mode

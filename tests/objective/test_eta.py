@@ -28,9 +28,10 @@ def by_hand(measurements, config, eta):
     kl, error = None, None
     for measured in measurements:
         kl = measured if kl is None else config.smoothing * kl + (1 - config.smoothing) * measured
-        new = min(max(math.log(config.target_kl / max(kl, 1e-6)), -1.0), 1.0)
+        new = min(max(math.log(config.target_kl / max(kl, 1e-6)), -3.0), 2.0)
         change = 0.0 if error is None else new - error
-        eta = min(max(eta + config.gain * new + config.damping * change, 0.0), config.largest)
+        moved = config.largest * (config.gain * new + config.damping * change)
+        eta = min(max(eta + moved, 0.0), config.largest)
         error = new
     return eta, kl
 
@@ -66,11 +67,13 @@ def test_eta_rests_at_the_target():
     np.testing.assert_allclose([state.eta for state in after([TARGET] * 5)], 0.1, atol=1e-7)
 
 
-@pytest.mark.parametrize("measurements", [[0.01, 0.05, 0.3, 0.2], [3.0, 0.4, 0.1], [0.0, 0.0], [0.15]])
-def test_equals_the_same_rule_in_float64(measurements):
-    config = EtaConfig("target_kl", target_kl=TARGET, gain=0.03, damping=0.4, smoothing=0.25)
-    state = after(measurements, config)[-1]
-    eta, kl = by_hand(measurements, config, 0.1)
+@pytest.mark.parametrize("largest", [1.0, 0.4])
+@pytest.mark.parametrize("measurements", [[0.01, 0.05, 0.3, 0.2], [3.0, 0.4, 0.1], [0.0, 0.0], [9.0, 9.0], [0.15]])
+def test_equals_the_same_rule_in_float64(measurements, largest):
+    config = EtaConfig("target_kl", TARGET, gain=0.03, damping=0.1, smoothing=0.25, largest=largest)
+    state = after(measurements, config, eta=0.2)[-1]
+    eta, kl = by_hand(measurements, config, 0.2)
+    assert 0 < eta < largest
     # A few float32 roundings of numbers of at most 1.
     np.testing.assert_allclose([state.eta, state.kl], [eta, kl], rtol=1e-5, atol=1e-6)
 
@@ -105,7 +108,8 @@ def test_nothing_winds_up_at_a_bound(kl):
     assert abs(way_back(300)[-1] - bound) > STEERED.gain
 
 
-@pytest.mark.parametrize(("response", "start"), [(0.3, 0.01), (1.0, 0.01), (1.0, 0.001), (3.0, 0.01), (3.0, 0.001)])
+@pytest.mark.parametrize("response", [0.1, 0.3, 1.0, 3.0])
+@pytest.mark.parametrize("start", [0.001, 0.01])
 def test_closed_loop_settles_without_running_away(response, start):
     kls, state = closed_loop(response, 400, kl=start)
     assert kls.max() < 3 * TARGET
@@ -124,6 +128,20 @@ def test_closed_loop_stands_noisy_measurements():
     kls, _ = closed_loop(1.0, 400, noise=0.2)
     assert kls.max() < 3 * TARGET
     assert TARGET / 2 < kls[300:].min() <= kls[300:].max() < 2 * TARGET
+
+
+@pytest.mark.parametrize("response", [0.1, 0.3, 1.0])
+def test_closed_loop_leaves_a_long_saturation_without_running_away(response):
+    """The plant does not move for 200 steps, while η goes to its bound; then it does."""
+    state = after([0.001] * 200)[-1]
+    assert state.eta == 1
+    log_kl, seen = math.log(0.001), []
+    for _ in range(300):
+        log_kl += response * (float(state.eta) - 0.1)
+        state = step(state, jnp.float32(math.exp(log_kl)), STEERED)
+        seen.append(math.exp(log_kl))
+    assert TARGET / 1.5 < seen[-1] < 1.5 * TARGET
+    assert max(seen) < 3 * TARGET
 
 
 def test_the_state_is_two_float32_scalars():

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from policy_split_jax.model import qwen3
-from policy_split_jax.objective.scorer import join_sequences, score_hidden, score_rollouts
+from policy_split_jax.objective import scorer
+from policy_split_jax.objective.scorer import join_rows, responses_per_row, score_hidden, score_rollouts
 
 CONTEXTS, BATCH, LENGTH, WIDTH, VOCAB = 2, 3, 7, 8, 31
 # Float32 against float64 on logits below 20 and 31 tokens: a few roundings of 1e-6.
@@ -253,12 +254,44 @@ def test_contexts_and_rollouts_keep_their_places(model):
         np.testing.assert_allclose(by_rollout[at], part[:, :, ::-1], **TOLERANCE)
 
 
-def test_joined_sequences_by_hand():
-    tokens, valid = join_sequences(
-        jnp.array([[[0, 1], [2, 3]]]), jnp.array([[1, 2]]), jnp.array([[[4, 5], [6, 0]]]), jnp.array([[2, 1]])
-    )
-    np.testing.assert_array_equal(tokens, [[0, 1, 4, 5], [0, 1, 6, 0], [2, 3, 4, 5], [2, 3, 6, 0]])
-    np.testing.assert_array_equal(valid, [[0, 1, 1, 1], [0, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0]])
+ONE_QUESTION = (
+    jnp.array([[[0, 1], [2, 3]]]),
+    jnp.array([[1, 2]]),
+    jnp.array([[[4, 5], [6, 0]]]),
+    jnp.array([[2, 1]]),
+)
+
+
+def test_rows_of_one_response_by_hand():
+    rows = join_rows(*ONE_QUESTION, per_row=1)
+    np.testing.assert_array_equal(rows.tokens, [[0, 1, 4, 5], [0, 1, 6, 0], [2, 3, 4, 5], [2, 3, 6, 0]])
+    np.testing.assert_array_equal(rows.valid, [[0, 1, 1, 1], [0, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0]])
+    np.testing.assert_array_equal(rows.segments, [[0, 0, 1, 1]] * 4)
+
+
+def test_rows_of_two_responses_by_hand():
+    rows = join_rows(*ONE_QUESTION, per_row=2)
+    np.testing.assert_array_equal(rows.tokens, [[0, 1, 4, 5, 6, 0], [2, 3, 4, 5, 6, 0]])
+    np.testing.assert_array_equal(rows.valid, [[0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 0]])
+    np.testing.assert_array_equal(rows.segments, [[0, 0, 1, 1, 2, 2]] * 2)
+
+
+def test_sharing_a_prompt_changes_no_score(model, monkeypatch):
+    config, params = model
+    group = batch()[2].shape[1]
+    monkeypatch.setattr(scorer, "responses_per_row", lambda *shape: 1)
+    alone = score_rollouts(params, *batch(), config=config, with_kl=True)
+    for per_row in (size for size in range(2, group + 1) if group % size == 0):
+        monkeypatch.setattr(scorer, "responses_per_row", lambda *shape, per_row=per_row: per_row)
+        shared = score_rollouts(params, *batch(), config=config, with_kl=True)
+        for name, values in real_tokens(alone).items():
+            np.testing.assert_allclose(real_tokens(shared)[name], values, **TOLERANCE)
+
+
+def test_prompts_are_shared_where_it_pays():
+    assert responses_per_row(width=32, length=12, group=8) == 8  # long prompt, short responses
+    assert responses_per_row(width=128, length=4096, group=8) == 1  # attention would dominate
+    assert responses_per_row(width=32, length=12, group=1) == 1
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])

@@ -582,16 +582,17 @@ def test_two_updates_are_two_minibatches_with_frozen_old_logprobs(bag, model, ba
 
 
 def test_eta_moves_towards_the_target_only_when_asked(bag, model, batches):
-    for measured_is, target in (("below", 50.0), ("above", 1e-4)):
-        config = UpdateConfig(eta=EtaConfig("target_kl", target_kl=target, gain=0.1))
-        state, metrics = one_step(bag, batches[0], config, model, eta=0.3)
-        # log(target / measured) is clipped to ±1 on both sides: one gain up or down.
-        expected = 0.4 if measured_is == "below" else 0.2
-        assert float(state.eta.eta) == pytest.approx(expected, abs=1e-6)
-        assert metrics["eta"] == pytest.approx(0.3)
-        assert float(state.eta.kl) == metrics["kl/high_entropy_to_normal"]
-    state, _ = one_step(bag, batches[0], UpdateConfig(), model, eta=0.3)
+    state, metrics = one_step(bag, batches[0], UpdateConfig(), model, eta=0.3)
+    measured = metrics["kl/high_entropy_to_normal"]
     assert float(state.eta.eta) == np.float32(0.3)
+    assert float(state.eta.kl) == measured > 0.1
+    for factor in (2.0, 0.5):
+        eta = EtaConfig("target_kl", target_kl=factor * measured, gain=0.1, largest=2.0)
+        state, metrics = one_step(bag, batches[0], UpdateConfig(eta=eta), model, eta=0.3)
+        # A tenth of `largest` for each unit of log(target / measured).
+        assert float(state.eta.eta) == pytest.approx(0.3 + 0.2 * math.log(factor), abs=1e-6)
+        assert metrics["eta"] == pytest.approx(0.3)  # the one that this step was made with
+        assert float(state.eta.kl) == pytest.approx(measured)
 
 
 def test_eta_is_the_states(bag, model, batches):

@@ -1,0 +1,172 @@
+"""The command line on the embedded model, as a user calls it."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from policy_split_jax.cli import main
+
+QUESTIONS = [{"question": "Make 35 from 3, 5, 4."}, {"question": "Make 24 from 2, 3, 4."}]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    return path
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def sample(prompts, output, *more):
+    assert main(["sample", "--prompts", str(prompts), "--max-new-tokens", "12", "--output", str(output), *more]) == 0
+    return read(output)
+
+
+def test_sample_answers_in_both_modes(prompts, tmp_path):
+    rows = sample(prompts, tmp_path / "out.jsonl", "--n", "2", "--mode", "both")
+    assert [(row["question"], row["mode"], row["index"]) for row in rows] == [
+        (question["question"], mode, index)
+        for question in QUESTIONS
+        for mode in ("normal", "high-entropy")
+        for index in (0, 1)
+    ]
+    for row in rows:
+        assert len(row["tokens"]) == len(row["logprobs"]) <= 12
+        assert row["finish_reason"] in ("stop", "length")
+        assert max(row["logprobs"]) <= 0
+
+
+def test_a_rollout_does_not_depend_on_how_many_there_are(prompts, tmp_path):
+    few = sample(prompts, tmp_path / "few.jsonl", "--n", "1", "--mode", "high-entropy", "--seed", "5")
+    many = sample(prompts, tmp_path / "many.jsonl", "--n", "3", "--mode", "both", "--seed", "5")
+    chosen = [row for row in many if row["mode"] == "high-entropy" and row["index"] == 0]
+    assert [row["tokens"] for row in few] == [row["tokens"] for row in chosen]
+
+
+def test_scores_agree_with_the_sampler(prompts, tmp_path):
+    rows = sample(prompts, tmp_path / "out.jsonl")
+    given = tmp_path / "answers.jsonl"
+    given.write_text(
+        "".join(json.dumps({"question": row["question"], "response_tokens": row["tokens"]}) + "\n" for row in rows)
+    )
+    assert main(["score", "--input", str(given), "--output", str(tmp_path / "scores.jsonl")]) == 0
+    for row, scores in zip(rows, read(tmp_path / "scores.jsonl"), strict=True):
+        # Two programs of the same float32 model: rounding only.
+        np.testing.assert_allclose(scores[row["mode"]]["logprobs"], row["logprobs"], atol=2e-5)
+        for name in ("kl_normal_to_high_entropy", "kl_high_entropy_to_normal"):
+            assert len(scores[name]) == len(row["tokens"])
+            assert min(scores[name]) > -1e-6
+        assert min(scores["normal"]["entropies"]) >= 0
+
+
+def test_token_rows_are_scored_in_their_own_context(prompts, tmp_path):
+    from policy_split_jax.modes import HIGH_ENTROPY, render
+    from policy_split_jax.policy import load_policy, model_folder
+
+    rows = sample(prompts, tmp_path / "out.jsonl", "--mode", "high-entropy")
+    policy = load_policy(model_folder("embedded"))
+    given = tmp_path / "tokens.jsonl"
+    given.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "prompt_tokens": render(policy.tokenizer, row["question"], HIGH_ENTROPY, policy.prompts),
+                    "response_tokens": row["tokens"],
+                }
+            )
+            + "\n"
+            for row in rows
+        )
+    )
+    output = tmp_path / "scores.jsonl"
+    assert main(["score", "--prompt-tokens", "--input", str(given), "--output", str(output)]) == 0
+    for row, scores in zip(rows, read(output), strict=True):
+        np.testing.assert_allclose(scores["logprobs"], row["logprobs"], atol=2e-5)
+
+
+def test_eval_writes_a_table_and_a_file(tmp_path, capsys):
+    output = tmp_path / "eval.json"
+    assert main(["eval", "--questions", "6", "--k", "4", "--max-new-tokens", "12", "--output", str(output)]) == 0
+    row = json.loads(output.read_text())
+    assert row["questions"] == 6
+    assert row["k"] == 4
+    for mode in ("normal", "high_entropy"):
+        assert row[f"pass@1/{mode}"] == pytest.approx(row[f"accuracy/{mode}"])
+        assert row[f"pass@4/{mode}"] == pytest.approx(row[f"best_of_k/{mode}"])
+        assert 0 < row[f"entropy/{mode}"] < np.log(360)
+    assert "high-entropy" in capsys.readouterr().out
+
+
+def test_an_exported_model_decodes_alike_in_transformers(prompts, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path / "exported"
+    assert main(["export", "--output", str(folder)]) == 0
+    ours = sample(prompts, tmp_path / "out.jsonl", "--temperature", "0", "--mode", "normal", "--model", str(folder))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for question, row in zip(QUESTIONS, ours, strict=True):
+        turns = [{"role": "user", "content": question["question"]}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+        assert theirs[0, ids.shape[1] :].tolist() == row["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
+        (["train", "CONFIG", "train.stpes=3"], "unknown key train.stpes; did you mean train.steps?"),
+        (["train", "CONFIG", "train.steps=many"], "train.steps is 'many'"),
+        (["train", "CONFIG", "advantage.kappa=0.5"], "kappa must be at least 1"),
+        (["train", "CONFIG", "steps"], "write section.key=value"),
+        (["sample", "--model", "nowhere", "--prompts", "x.jsonl"], "nowhere: no config.json there"),
+        (["sample", "--prompts", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
+        (["sample", "--prompts", "BROKEN"], "broken.jsonl:2: malformed JSON"),
+        (["score", "--input", "BROKEN", "--output", "out.jsonl"], "broken.jsonl:2: malformed JSON"),
+        (["eval", "--checkpoint", "nowhere"], "nowhere"),
+        (["report", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text("name: run\n")
+    (tmp_path / "broken.jsonl").write_text('{"question": "a", "response": "b"}\n{"question": \n')
+    named = {"CONFIG": "config.yaml", "BROKEN": "broken.jsonl"}
+    assert main([named.get(word, word) for word in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_prompt_that_is_too_long_is_named(prompts, capsys):
+    assert main(["sample", "--prompts", str(prompts), "--max-prompt-tokens", "16"]) == 2
+    assert "Make 35" in capsys.readouterr().err
+
+
+def test_help_is_quick_and_loads_no_jax():
+    code = (
+        "import sys; from policy_split_jax.cli import _parser; _parser().format_help();"
+        "print('jax' in sys.modules, 'transformers' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["False", "False"]
+
+
+def test_a_question_from_standard_input(monkeypatch, capsys):
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("Make 35 from 3, 5, 4.\n"))
+    assert main(["sample", "--max-new-tokens", "12"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["normal", "high-entropy"]
+    assert jax.device_count() == 1

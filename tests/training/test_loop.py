@@ -1,0 +1,131 @@
+"""Whole runs of a few steps on the embedded model."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from policy_split_jax import config as settings
+from policy_split_jax.config import RunConfig
+from policy_split_jax.errors import UserError
+from policy_split_jax.model import huggingface
+from policy_split_jax.policy import load_policy, model_folder
+from policy_split_jax.training.checkpoint import load_checkpoint_params
+from policy_split_jax.training.loop import train
+
+# Third-party code of the checkpoint library warns about its own deprecations.
+pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+
+
+def small_run(folder: Path, **train_settings) -> RunConfig:
+    tree = {
+        "name": "run",
+        "output": str(folder),
+        "prompt": {"high_entropy": "High-entropy mode."},
+        "data": {"max_number": 30, "train_size": 64, "test_size": 4},
+        "rollout": {
+            "questions_per_step": 2,
+            "rollouts_per_mode": 2,
+            "max_prompt_tokens": 48,
+            "max_new_tokens": 12,
+            "slots": 8,
+        },
+        "advantage": {"eta": 0.5, "kappa": 1.0},
+        "eta": {"schedule": "target_kl"},
+        "optimizer": {"learning_rate": 1e-3},
+        "train": {"steps": 4, "save_every": 2, **train_settings},
+        "eval": {"questions": 2, "k": 2},
+    }
+    return settings.from_dict(RunConfig, tree, "test")
+
+
+def run(config: RunConfig, **options) -> Path:
+    policy = load_policy(model_folder(config.model.path), settings.mode_prompts(config.prompt))
+    return train(config, policy, huggingface.load_params(policy.folder, policy.config), **options)
+
+
+def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """A run's rows without what a clock says."""
+    found = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in found]
+
+
+def last_params(config: RunConfig) -> list[np.ndarray]:
+    model = load_policy(config.folder / "model").config
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(load_checkpoint_params(config.folder / "checkpoints", model))]
+
+
+def test_two_steps_and_two_more_are_four_bit_for_bit(tmp_path):
+    whole = small_run(tmp_path / "whole")
+    run(whole)
+    run(small_run(tmp_path / "cut", steps=2))
+    cut = small_run(tmp_path / "cut")
+    run(cut, must_resume=True)
+
+    # The shorter run evaluated after its last step too; everything else is the same to the last bit.
+    kept = [row for row in rows(cut.folder) if (row["kind"], row["step"]) != ("eval", 2)]
+    assert kept == rows(whole.folder)
+    assert [row["step"] for row in kept] == [0, 1, 2, 3, 4, 4]
+    assert [row["text"] for row in rows(cut.folder, "samples.jsonl") if row["kind"] == "train"] == [
+        row["text"] for row in rows(whole.folder, "samples.jsonl") if row["kind"] == "train"
+    ]
+    for one, other in zip(last_params(whole), last_params(cut), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_run_leaves_what_the_documentation_says(tmp_path):
+    config = small_run(tmp_path, steps=1)
+    folder = run(config)
+    assert {path.name for path in folder.iterdir()} == {
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "model",
+        "report.html",
+        "samples.jsonl",
+        "summary.json",
+    }
+    assert settings.from_dict(RunConfig, yaml.safe_load((folder / "config.yaml").read_text()), "") == config
+    kinds = [(row["kind"], row["step"]) for row in rows(folder)]
+    assert kinds == [("eval", 0), ("train", 1), ("eval", 1)]
+    step = rows(folder)[1]
+    assert step["sampler/max_difference"] < 1e-4  # the sampler and the trainer are the same model
+    assert step["tokens/rollout"] > 0
+    modes = {row["mode"] for row in rows(folder, "samples.jsonl")}
+    assert modes == {"normal", "high_entropy"}
+
+    # Run again: nothing is left to do, and nothing is changed.
+    before = (folder / "metrics.jsonl").read_bytes()
+    run(config)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_setting_in_the_same_folder_is_refused(tmp_path):
+    run(small_run(tmp_path, steps=1))
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"another train\.seed"):
+        run(small_run(tmp_path, steps=1, seed=7))
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint to resume"):
+        run(small_run(tmp_path), must_resume=True)
+
+
+def test_a_strangers_folder_is_left_alone(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="not empty"):
+        run(small_run(tmp_path))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_seeds_differ(tmp_path):
+    first = run(small_run(tmp_path / "a", steps=1))
+    second = run(small_run(tmp_path / "b", steps=1, seed=1))
+    assert rows(first)[1]["loss"] != rows(second)[1]["loss"]
+    assert rows(first)[0] == rows(second)[0]  # the evaluation has a seed of its own

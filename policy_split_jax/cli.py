@@ -3,7 +3,8 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import policy_split_jax
 from policy_split_jax.errors import UserError
@@ -178,18 +179,18 @@ def _report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument("--output", metavar="FILE", help="page to write (default: report.html in the first run)")
 
 
-def _number(text: str, kind: type, rule: str, holds: object) -> float:
+def _number(text: str, kind: Callable[[str], Any], rule: str, holds: Callable[[Any], bool]) -> Any:
     try:
         value = kind(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not holds(value):  # type: ignore[operator]
+    if not holds(value):
         raise argparse.ArgumentTypeError(f"{text} must be {rule}")
     return value
 
 
 def _positive(text: str) -> int:
-    return int(_number(text, int, "at least 1", lambda value: value >= 1))
+    return _number(text, int, "at least 1", lambda value: value >= 1)
 
 
 def _not_negative(text: str) -> float:

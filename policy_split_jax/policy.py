@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,6 +12,7 @@ from policy_split_jax.errors import UserError
 from policy_split_jax.model import huggingface
 from policy_split_jax.model.qwen3 import Qwen3Config
 from policy_split_jax.modes import ModePrompts, decode_response
+from policy_split_jax.padding import TokenRow
 
 PROMPTS_FILE = "policy_split.json"
 """Beside a model's own files: the prompts that its modes were trained with."""
@@ -29,7 +29,7 @@ class Policy:
     stop_ids: tuple[int, ...]
     prompts: ModePrompts
 
-    def text(self, tokens: Iterable[int]) -> str:
+    def text(self, tokens: TokenRow) -> str:
         """A rollout's text, without its stop token."""
         return decode_response(self.tokenizer, [int(token) for token in tokens], self.stop_ids)
 

@@ -1,10 +1,10 @@
 """The embedded model is what its provenance says."""
 
 import json
+from pathlib import Path
 
 import jax
 import yaml
-from conftest import PROJECT
 
 from policy_split_jax import config as settings
 from policy_split_jax.config import RunConfig, SftConfig
@@ -12,6 +12,7 @@ from policy_split_jax.data.tiny_tokenizer import build_tiny_tokenizer
 from policy_split_jax.model import huggingface
 from policy_split_jax.policy import load_policy, model_folder
 
+PROJECT = Path(__file__).resolve().parents[1]
 FOLDER = model_folder("embedded")
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt32
 
 from policy_split_jax.errors import UserError
 from policy_split_jax.model import qwen3
@@ -164,7 +164,7 @@ class Sampler:
         state: engine.DecodeState,
         waiting: Iterator[_Waiting],
         occupied: dict[int, _Waiting],
-        keys: Sequence[Int[np.ndarray, "N words"]],
+        keys: Sequence[UInt32[np.ndarray, "_ words"]],
         sampling: Sampling,
     ) -> engine.DecodeState:
         """Puts waiting rollouts into free slots, those of one prefix in one call."""

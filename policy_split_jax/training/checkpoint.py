@@ -52,7 +52,8 @@ class Checkpoints:
         except (ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{self._folder}/{step}: does not fit this model or version: {reason}") from error
-        return _restored(found["state"], like), found["extra"]
+        state = TrainState(**found["state"])
+        return state._replace(key=jax.random.wrap_key_data(state.key)), found["extra"]
 
     def close(self) -> None:
         """Waits until everything is written."""
@@ -71,13 +72,6 @@ def _storable(state: TrainState) -> dict[str, Any]:
     return state._replace(key=jax.random.key_data(state.key))._asdict()
 
 
-def _restored(values: dict[str, Any], like: TrainState) -> TrainState:
-    # Orbax gives back plain containers; `like` says which they were.
-    leaves = jax.tree.leaves(values)
-    state = jax.tree.unflatten(jax.tree.structure(TrainState(**_storable(like))), leaves)
-    return state._replace(key=jax.random.wrap_key_data(state.key))
-
-
 def load_checkpoint_params(folder: Path, config: Qwen3Config) -> Params:
     """Only the parameters of the last checkpoint in `folder`; the optimizer is not read."""
     if not folder.is_dir():
@@ -86,10 +80,17 @@ def load_checkpoint_params(folder: Path, config: Qwen3Config) -> Params:
     step = manager.latest_step()
     if step is None:
         raise UserError(f"{folder}: no checkpoint there yet")
-    wanted = {"params": abstract_params(config)}
+    # Where each array goes is said here, not read from the file: the checkpoint may come from other devices.
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = {
+        "params": jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract_params(config)
+        )
+    }
+    places = ocp.checkpoint_utils.construct_restore_args(wanted)
     with manager:
         found = manager.restore(
             step,
-            args=ocp.args.Composite(state=ocp.args.PyTreeRestore(item=wanted, partial_restore=True)),
+            args=ocp.args.Composite(state=ocp.args.PyTreeRestore(item=wanted, restore_args=places, partial_restore=True)),
         )
     return found["state"]["params"]

@@ -91,6 +91,8 @@ def load_checkpoint_params(folder: Path, config: Qwen3Config) -> Params:
     with manager:
         found = manager.restore(
             step,
-            args=ocp.args.Composite(state=ocp.args.PyTreeRestore(item=wanted, restore_args=places, partial_restore=True)),
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(item=wanted, restore_args=places, partial_restore=True)
+            ),
         )
     return found["state"]["params"]

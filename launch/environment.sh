@@ -16,7 +16,8 @@ find_python() {
 # make_environment FOLDER REQUIREMENT...: a virtual environment with the project in it. Does nothing when the
 # project's dependencies have not changed since it was made.
 make_environment() {
-  local folder=$1 stamp python
+  local folder=$1 stamp python requirement
+  local requirements=()
   shift
   stamp="$* $(cksum <pyproject.toml)"
   if [[ -f $folder/.made && $(<"$folder/.made") == "$stamp" ]]; then
@@ -26,6 +27,10 @@ make_environment() {
   echo "Installing into $folder with $("$python" --version) ..."
   "$python" -m venv "$folder"
   "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade pip
-  "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "${@/#./-e .}"
+  for requirement in "$@"; do
+    [[ $requirement == .* ]] && requirements+=(--editable)
+    requirements+=("$requirement")
+  done
+  "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "${requirements[@]}"
   echo "$stamp" >"$folder/.made"
 }

@@ -248,8 +248,8 @@ def forward(
 
     `valid` marks real tokens; padding may stand anywhere, takes no position and is seen by nobody. `segments`
     lets several responses follow one prompt in a row: see `attention.causal_mask`. `dtype` is
-    the activations' type; norms and softmax are in float32. `remat` says what the backward pass finds saved
-    of each layer: "none" recomputes nothing, "dots" all but the matrix products, "full" the whole layer.
+    the activations' type; norms and softmax are in float32. `remat` says what the backward pass computes
+    again of each layer: "none" nothing, "dots" all but the matrix products, "full" the whole layer.
     """
     mask = causal_mask(valid, segments)
     # A token's position is the number of tokens that it sees before itself.

@@ -239,6 +239,25 @@ class SizeConfig:
 
 
 @dataclass(frozen=True)
+class LessonConfig:
+    """The puzzles of the warm-up."""
+
+    numbers: tuple[int, ...] = (3,)
+    """How many numbers a puzzle has; several sizes alternate."""
+    max_number: int = 20
+    train_size: int = 4096
+
+
+@dataclass(frozen=True)
+class ExamConfig:
+    """The evaluation after the warm-up, at temperature 1."""
+
+    questions: int = 256
+    k: int = 8
+    seed: int = 1
+
+
+@dataclass(frozen=True)
 class WarmupConfig:
     """Supervised learning of the embedded task: how the embedded model was made."""
 
@@ -262,10 +281,10 @@ class SftConfig:
     """The Hugging Face folder to write."""
     size: SizeConfig = field(default_factory=SizeConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: LessonConfig = field(default_factory=LessonConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: WarmupConfig = field(default_factory=WarmupConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    eval: ExamConfig = field(default_factory=ExamConfig)
 
 
 Config = TypeVar("Config")

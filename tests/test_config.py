@@ -84,7 +84,7 @@ def test_an_override_of_null_switches_off(write):
 def test_a_configuration_survives_its_own_file(kind):
     required = {"name": "a"} if kind is RunConfig else {"output": "a"}
     tree = required | {
-        "data": {"numbers": [3, 5], "test_size": 9},
+        "data": {"numbers": [3, 5], "train_size": 9},
         "optimizer": {"decay": "cosine", "decay_steps": 4, "learning_rate": 1e-7},
         "prompt": {"high_entropy": "Überraschung: «x»\n"},
     }

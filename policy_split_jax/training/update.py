@@ -139,7 +139,7 @@ def make_update(model: qwen3.Qwen3Config, config: UpdateConfig, optimizer: optax
         )
         changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, changes)
-        metrics = {"loss": value, "grad_norm": optax.global_norm(gradient)}
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(gradient)}
         metrics |= step_metrics(jax.tree.map(_swap, records), batch)
         return state._replace(params=params, opt_state=opt_state), metrics
 

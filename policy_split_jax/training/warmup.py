@@ -167,7 +167,7 @@ def _evaluate(config: SftConfig, folder: Path, params: qwen3.Params) -> dict[str
             rows,
             k=config.eval.k,
             key=jax.random.key(config.eval.seed),
-            sampling=Sampling(config.eval.max_new_tokens or _MAX_NEW_TOKENS, config.eval.temperature),
+            sampling=Sampling(_MAX_NEW_TOKENS),
         )
         display.console.print(evaluation_table(row))
     return row

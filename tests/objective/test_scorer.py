@@ -278,12 +278,13 @@ def test_rows_of_two_responses_by_hand():
 
 def test_sharing_a_prompt_changes_no_score(model, monkeypatch):
     config, params = model
-    group = batch()[2].shape[1]
+    arrays = [jnp.asarray(array) for array in batch()]
+    group = arrays[2].shape[1]
     monkeypatch.setattr(scorer, "responses_per_row", lambda *shape: 1)
-    alone = score_rollouts(params, *batch(), config=config, with_kl=True)
+    alone = score_rollouts(params, *arrays, config=config, with_kl=True)
     for per_row in (size for size in range(2, group + 1) if group % size == 0):
         monkeypatch.setattr(scorer, "responses_per_row", lambda *shape, per_row=per_row: per_row)
-        shared = score_rollouts(params, *batch(), config=config, with_kl=True)
+        shared = score_rollouts(params, *arrays, config=config, with_kl=True)
         for name, values in real_tokens(alone).items():
             np.testing.assert_allclose(real_tokens(shared)[name], values, **TOLERANCE)
 

@@ -27,7 +27,7 @@ def accumulate_gradients(
 
     The arrays of the auxiliary values begin with the batch axis; those of the microbatches are joined again.
     Microbatches bound memory on an accelerator. On a CPU they also keep activations in its caches, which
-    made the embedded model's update several times faster (docs/performance.md).
+    makes the embedded model's update faster (docs/performance.md).
     """
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if microbatches == 1:

@@ -69,7 +69,7 @@ def test_types_are_those_that_the_update_is_compiled_for():
 def test_a_failed_grade_is_masked_and_a_zero_is_not():
     batch = batch_of(rewards=[[None, None], [0.0, 0.0]])
     assert batch.graded.tolist() == [[False, False], [True, True]]
-    assert batch.rewards.tolist() == [[0.0, 0.0], [0.0, 1.0]]
+    assert batch.rewards.tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
 @pytest.mark.parametrize(

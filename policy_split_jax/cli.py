@@ -14,7 +14,7 @@ _MODES = ("normal", "high-entropy", "both")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     # Models are local folders; nothing is ever looked up on a hub.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from policy_split_jax import commands
@@ -39,6 +39,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line; settings may stand before or after options, which argparse alone refuses."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    overrides = getattr(options, "overrides", None)
+    unknown = [text for text in rest if overrides is None or text.startswith("-") or "=" not in text]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if overrides is not None:
+        overrides.extend(rest)
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -128,6 +128,7 @@ def test_an_exported_model_decodes_alike_in_transformers(prompts, tmp_path):
         (["train", "CONFIG", "train.steps=many"], "train.steps is 'many'"),
         (["train", "CONFIG", "advantage.kappa=0.5"], "kappa must be at least 1"),
         (["train", "CONFIG", "steps"], "write section.key=value"),
+        (["train", "CONFIG", "--model", "embedded", "train.stpes=3"], "unknown key train.stpes"),
         (["sample", "--model", "nowhere", "--prompts", "x.jsonl"], "nowhere: no config.json there"),
         (["sample", "--prompts", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
         (["sample", "--prompts", "BROKEN"], "broken.jsonl:2: malformed JSON"),
@@ -146,6 +147,13 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tmp_path, mon
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("rest", [["--modle", "x"], ["--resume", "steps"], ["--resume", "--x=1"]])
+def test_words_behind_options_that_are_no_settings_are_refused(rest, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "config.yaml", *rest])
+    assert f"unrecognized arguments: {rest[-1] if rest[0] == '--resume' else ' '.join(rest)}" in capsys.readouterr().err
 
 
 def test_a_prompt_that_is_too_long_is_named(prompts, capsys):

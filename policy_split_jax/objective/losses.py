@@ -1,6 +1,6 @@
 """The clipped policy-gradient loss and how it is summed over tokens. Pure functions of arrays."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -23,8 +23,11 @@ def token_weights(mask: Bool[Array, "... T"], aggregate: Aggregate, max_new_toke
       https://arxiv.org/abs/2503.20783).
 
     A sequence without a token is not counted. The weights of a whole step may be computed once and then cut
-    into microbatches: that is how accumulated gradients equal those of one batch.
+    into microbatches: that is how accumulated gradients equal those of one batch. Raises ValueError for any
+    other `aggregate`.
     """
+    if aggregate not in get_args(Aggregate):
+        raise ValueError(f"aggregate is {aggregate!r}; it must be one of {', '.join(get_args(Aggregate))}")
     tokens = masked.count(mask, axis=-1, keepdims=True)
     sequences = jnp.maximum(masked.count(tokens > 0), 1.0)
     per_sequence = {

@@ -187,14 +187,14 @@ def train(config: RunConfig, policy: Policy, params: qwen3.Params, *, must_resum
             restore_state(iterator, extra["data"])
         elif must_resume:
             raise UserError(f"{folder}: no checkpoint to resume from; leave --resume out to start the run")
-        with RunDisplay(config.train.steps, started_at) as display:
-            log = MetricsLog(
-                folder,
-                config.name,
-                last_step=started_at or -1,
-                tensorboard=config.train.tensorboard,
-                wandb=config.train.wandb,
-            )
+        log = MetricsLog(
+            folder,
+            config.name,
+            last_step=started_at or -1,
+            tensorboard=config.train.tensorboard,
+            wandb=config.train.wandb,
+        )
+        with RunDisplay(config.train.steps, started_at) as display, log:
             _announce(display, config, policy, started_at, len(train_rows), len(test_rows))
             trainer = Trainer(
                 config=config,

@@ -4,13 +4,25 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol
 
 from policy_split_jax.errors import UserError
 
 
+class _Sink(Protocol):
+    """Another place that rows go to."""
+
+    def write(self, kind: str, step: int, row: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class MetricsLog:
-    """Appends rows to a run's files. A resumed run first drops what lies after its checkpoint."""
+    """Appends rows to a run's files. A resumed run first drops what lies after its checkpoint.
+
+    Use it with `with`: TensorBoard and Weights & Biases write in the background and have to be closed.
+    """
 
     def __init__(self, folder: Path, name: str, *, last_step: int, tensorboard: bool, wandb: bool):
         """`last_step` is the step that the run goes on from; later rows are dropped, all of them when −1."""
@@ -18,15 +30,27 @@ class MetricsLog:
         self._samples = folder / "samples.jsonl"
         for path in (self._metrics, self._samples):
             _keep_until(path, last_step)
-        self._sinks = [_tensorboard(folder)] if tensorboard else []
-        self._sinks += [_wandb(folder, name)] if wandb else []
+        self._sinks: list[_Sink] = []
+        if tensorboard:
+            self._sinks.append(_TensorBoard(folder))
+        if wandb:
+            self._sinks.append(_Wandb(folder, name))
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for sink in self._sinks:
+            sink.close()
 
     def row(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """One row of metrics."""
         row = {"kind": kind, "step": step, **plain_row(values)}
         _append(self._metrics, [row])
         for sink in self._sinks:
-            sink(kind, step, row)
+            sink.write(kind, step, row)
 
     def samples(self, kind: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Rollouts worth reading."""
@@ -73,30 +97,42 @@ def _keep_until(path: Path, last_step: int) -> None:
     temporary.replace(path)
 
 
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from tensorboardX import SummaryWriter  # type: ignore[import-not-found]
-    except ImportError:
-        raise UserError("train.tensorboard needs tensorboardX: pip install 'policy-split-jax[tensorboard]'") from None
-    writer = SummaryWriter(str(folder / "tensorboard"))
+class _TensorBoard:
+    """Scalars in the run's folder `tensorboard`."""
 
-    def write(kind: str, step: int, row: Mapping[str, Any]) -> None:
-        for key, value in row.items():
-            if isinstance(value, float):
-                writer.add_scalar(f"{kind}/{key}", value, step)
-        writer.flush()
+    def __init__(self, folder: Path):
+        try:
+            from tensorboardX import SummaryWriter  # type: ignore[import-not-found]
+        except ImportError:
+            raise UserError(
+                "train.tensorboard needs tensorboardX: pip install 'policy-split-jax[tensorboard]'"
+            ) from None
+        self._writer = SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
 
-    return write
+    def write(self, kind: str, step: int, row: Mapping[str, Any]) -> None:
+        for key, value in _scalars(row):
+            self._writer.add_scalar(f"{kind}/{key}", value, step)
+
+    def close(self) -> None:
+        self._writer.close()
 
 
-def _wandb(folder: Path, name: str) -> Any:
-    try:
-        import wandb  # type: ignore[import-not-found]
-    except ImportError:
-        raise UserError("train.wandb needs wandb: pip install 'policy-split-jax[wandb]'") from None
-    run = wandb.init(project="policy-split-jax", name=name, dir=str(folder), resume="allow", id=name)
+class _Wandb:
+    """A run of the project policy-split-jax, gone on with when the run is resumed."""
 
-    def write(kind: str, step: int, row: Mapping[str, Any]) -> None:
-        run.log({f"{kind}/{key}": value for key, value in row.items() if isinstance(value, float)}, step=step)
+    def __init__(self, folder: Path, name: str):
+        try:
+            import wandb  # type: ignore[import-not-found]
+        except ImportError:
+            raise UserError("train.wandb needs wandb: pip install 'policy-split-jax[wandb]'") from None
+        self._run = wandb.init(project="policy-split-jax", name=name, dir=str(folder), resume="allow", id=name)
 
-    return write
+    def write(self, kind: str, step: int, row: Mapping[str, Any]) -> None:
+        self._run.log({f"{kind}/{key}": value for key, value in _scalars(row)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _scalars(row: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
+    return ((key, value) for key, value in row.items() if isinstance(value, float))

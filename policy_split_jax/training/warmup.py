@@ -17,14 +17,14 @@ import numpy as np
 
 import policy_split_jax
 from policy_split_jax import config as settings
-from policy_split_jax.config import EMBEDDED, SftConfig
+from policy_split_jax.config import EMBEDDED, SftConfig, WarmupConfig
 from policy_split_jax.data import countdown
 from policy_split_jax.data.dataset import load_rows
 from policy_split_jax.data.tiny_tokenizer import build_tiny_tokenizer
 from policy_split_jax.errors import UserError
 from policy_split_jax.evaluation.evaluate import evaluate, make_scorer
 from policy_split_jax.model import huggingface, qwen3
-from policy_split_jax.modes import ModePrompts, render_both
+from policy_split_jax.modes import NORMAL, ModePrompts, render_both
 from policy_split_jax.padding import lengths, pad_left, pad_right
 from policy_split_jax.policy import load_policy, write_prompts
 from policy_split_jax.rewards import GraderPool
@@ -114,14 +114,22 @@ def _batches(lessons: Sequence[Lesson], config: SftConfig) -> Iterator[SftBatch]
             draw.shuffle(epoch)
             order += epoch
         chosen, order = order[: config.train.batch_size], order[config.train.batch_size :]
-        prompts = [lesson.prompts[draw.random() < config.train.high_entropy_fraction] for lesson in chosen]
-        answers = [draw.choice(lesson.answers) for lesson in chosen]
+        modes = [int(draw.random() < config.train.high_entropy_fraction) for _ in chosen]
+        prompts = [lesson.prompts[mode] for lesson, mode in zip(chosen, modes, strict=True)]
+        answers = [_answer(lesson, mode, config.train, draw) for lesson, mode in zip(chosen, modes, strict=True)]
         yield SftBatch(
             jnp.asarray(pad_left(prompts, width)[:, None]),
             jnp.asarray(lengths(prompts)[:, None]),
             jnp.asarray(pad_right(answers, length)[:, None]),
             jnp.asarray(lengths(answers)[:, None]),
         )
+
+
+def _answer(lesson: Lesson, mode: int, config: WarmupConfig, draw: random.Random) -> list[int]:
+    """One of the question's answers: any of them, or in the normal mode now and then the simplest."""
+    if mode == NORMAL and draw.random() < config.simplest_fraction:
+        return lesson.answers[0]
+    return draw.choice(lesson.answers)
 
 
 def _train(

@@ -1,5 +1,6 @@
 """The clipped policy loss against plain float64 loops, finite differences and hand-computed numbers."""
 
+import inspect
 import math
 
 import jax
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policy_split_jax.objective import policy_loss
+from policy_split_jax.objective.losses import token_weights
 
 AGGREGATES = ("token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean", "constant")
 SHAPE = (2, 3, 4, 5)  # modes, questions, rollouts, tokens
@@ -279,3 +281,9 @@ def test_approx_kl_of_a_small_step_is_not_lost_to_rounding():
         case = (np.full((2, 3), log_ratio), np.zeros((2, 3)), np.ones((2, 3)), np.ones((2, 3), bool))
         expected = log_ratio**2 / 2 + log_ratio**3 / 6
         np.testing.assert_allclose(compute(*case, aggregate="token_mean")[1]["approx_kl"], expected, rtol=1e-3)
+
+
+def test_an_unknown_aggregate_is_named():
+    # Unwrapped: users run without the type checker that the tests switch on.
+    with pytest.raises(ValueError, match="aggregate is 'mean'; it must be one of token_mean,"):
+        inspect.unwrap(token_weights)(jnp.ones((1, 2), bool), "mean")

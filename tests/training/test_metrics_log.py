@@ -1,0 +1,82 @@
+"""Where a run's figures go: metrics.jsonl first, TensorBoard and Weights & Biases where switched on."""
+
+import json
+import struct
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from policy_split_jax.errors import UserError
+from policy_split_jax.training.metrics_log import MetricsLog
+
+
+def log_of(folder, *, last_step=-1, tensorboard=False, wandb=False):
+    return MetricsLog(folder, "run", last_step=last_step, tensorboard=tensorboard, wandb=wandb)
+
+
+def written(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def tensorboard_scalars(folder):
+    """(tag, step, value) of every scalar; a record is its length (8 bytes), a checksum (4), data, a checksum (4)."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    (path,) = (folder / "tensorboard").iterdir()
+    content, at = path.read_bytes(), 0
+    while at < len(content):
+        (size,) = struct.unpack_from("<Q", content, at)
+        event = Event.FromString(content[at + 12 : at + 12 + size])
+        yield from ((value.tag, event.step, value.simple_value) for value in event.summary.value)
+        at += size + 16
+
+
+def test_numbers_of_any_kind_become_json_and_what_is_not_finite_becomes_null(tmp_path):
+    log_of(tmp_path).row("train", 3, {"loss": np.float32(0.5), "count": 7, "bad": float("nan"), "worse": -np.inf})
+    assert written(tmp_path) == [{"kind": "train", "step": 3, "loss": 0.5, "count": 7, "bad": None, "worse": None}]
+
+
+def test_a_resumed_run_drops_what_lies_after_its_checkpoint(tmp_path):
+    log = log_of(tmp_path)
+    for step in (1, 2, 3):
+        log.row("train", step, {"loss": float(step)})
+        log.samples("train", step, [{"text": str(step)}])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')  # the crash came in the middle of a line
+    log_of(tmp_path, last_step=2)
+    assert [row["step"] for row in written(tmp_path)] == [1, 2]
+    assert [row["text"] for row in written(tmp_path, "samples.jsonl")] == ["1", "2"]
+
+
+def test_tensorboard_gets_the_same_figures(tmp_path):
+    pytest.importorskip("tensorboardX")
+    with log_of(tmp_path, tensorboard=True) as log:
+        log.row("train", 1, {"loss": 0.5, "bad": float("nan")})
+        log.row("eval", 2, {"accuracy/normal": 0.25})
+    assert list(tensorboard_scalars(tmp_path)) == [("train/loss", 1, 0.5), ("eval/accuracy/normal", 2, 0.25)]
+
+
+def test_wandb_gets_the_same_figures(tmp_path, monkeypatch):
+    logged, started, finished = [], {}, []
+
+    def init(**options):
+        started.update(options)
+        return SimpleNamespace(
+            log=lambda values, step: logged.append((step, values)), finish=lambda: finished.append(True)
+        )
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    with log_of(tmp_path, wandb=True) as log:
+        log.row("train", 4, {"loss": 0.5})
+    assert finished == [True]
+    assert logged == [(4, {"train/loss": 0.5})]
+    assert (started["name"], started["id"], started["resume"]) == ("run", "run", "allow")
+
+
+@pytest.mark.parametrize(("switch", "module"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
+def test_a_switch_without_its_package_says_what_to_install(switch, module, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"train\.{switch} needs {module}: pip install"):
+        log_of(tmp_path, **{switch: True})

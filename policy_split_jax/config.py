@@ -267,8 +267,8 @@ class WarmupConfig:
     seed: int = 0
     high_entropy_fraction: float = 0.5
     """Share of the examples that are shown under the high-entropy prompt."""
-    simplest_fraction: float = 0.0
-    """Share of the normal mode's examples that show the shortest answer; all others show any answer."""
+    wrong_fraction: float = 0.0
+    """Share of the examples whose answer reaches another target than the question's."""
     log_every: int = 50
 
     def __post_init__(self) -> None:

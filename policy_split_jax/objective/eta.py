@@ -28,8 +28,10 @@ class EtaConfig:
     """Change of η against each unit by which log(measured) moved since the last step, as a share of `largest`."""
     smoothing: float = 0.5
     """Weight of the past in the running mean of the measured divergence."""
+    smallest: float = 0.0
+    """η never falls below this: with none at all the high-entropy mode sharpens like the normal one."""
     largest: float = 1.0
-    """η stays between 0 and this."""
+    """η never rises above this."""
 
     def __post_init__(self) -> None:
         checks = {
@@ -39,6 +41,7 @@ class EtaConfig:
             "damping must be at least 0": self.damping >= 0,
             "smoothing must lie in [0, 1)": 0 <= self.smoothing < 1,
             "largest must be above 0": self.largest > 0,
+            "smallest must be at least 0 and at most largest": 0 <= self.smallest <= self.largest,
         }
         for message, holds in checks.items():
             if not holds:
@@ -73,7 +76,7 @@ def next_eta(state: EtaState, measured: Float[Array, ""], config: EtaConfig) -> 
     error = _error(kl, config.target_kl)
     change = jnp.where(first, 0.0, error - _error(state.kl, config.target_kl))
     eta = state.eta + config.largest * (config.gain * error + config.damping * change)
-    return EtaState(jnp.clip(eta, 0.0, config.largest), kl)
+    return EtaState(jnp.clip(eta, config.smallest, config.largest), kl)
 
 
 def _error(kl: Float[Array, ""], target: float) -> Float[Array, ""]:

@@ -24,7 +24,7 @@ from policy_split_jax.data.tiny_tokenizer import build_tiny_tokenizer
 from policy_split_jax.errors import UserError
 from policy_split_jax.evaluation.evaluate import evaluate, make_scorer
 from policy_split_jax.model import huggingface, qwen3
-from policy_split_jax.modes import NORMAL, ModePrompts, render_both
+from policy_split_jax.modes import ModePrompts, render_both
 from policy_split_jax.padding import lengths, pad_left, pad_right
 from policy_split_jax.policy import load_policy, write_prompts
 from policy_split_jax.rewards import GraderPool
@@ -37,13 +37,15 @@ from policy_split_jax.training.sft import SftBatch, SftState, make_sft_update
 PROVENANCE = "provenance.json"
 _MAX_NEW_TOKENS = 16
 _MICROBATCH = 16
+_WRONG_ANSWERS = 8
 
 
 class Lesson(NamedTuple):
-    """A question under both modes' prompts, and all of its answers."""
+    """A question under both modes' prompts, all of its answers, and some answers to other questions."""
 
     prompts: tuple[list[int], list[int]]
     answers: list[list[int]]
+    wrong: list[list[int]]
 
 
 def warm_up(config: SftConfig, start: qwen3.Params | None = None) -> Path:
@@ -97,6 +99,7 @@ def _lessons(config: SftConfig, tokenizer: Any, prompts: ModePrompts) -> list[Le
         Lesson(
             render_both(tokenizer, countdown.render(puzzle), prompts),
             [encode(answer) for answer in countdown.solutions(puzzle.numbers, puzzle.target)],
+            [encode(answer) for answer in _wrong_answers(puzzle, _WRONG_ANSWERS)],
         )
         for puzzle in puzzles
     ]
@@ -106,7 +109,7 @@ def _batches(lessons: Sequence[Lesson], config: SftConfig) -> Iterator[SftBatch]
     """Endless shuffled epochs; each time a question comes up it gets one of its answers and one of its prompts."""
     draw = random.Random(config.train.seed)
     width = max(len(prompt) for lesson in lessons for prompt in lesson.prompts)
-    length = max(len(answer) for lesson in lessons for answer in lesson.answers)
+    length = max(len(answer) for lesson in lessons for answer in lesson.answers + lesson.wrong)
     order: list[Lesson] = []
     while True:
         while len(order) < config.train.batch_size:
@@ -114,9 +117,8 @@ def _batches(lessons: Sequence[Lesson], config: SftConfig) -> Iterator[SftBatch]
             draw.shuffle(epoch)
             order += epoch
         chosen, order = order[: config.train.batch_size], order[config.train.batch_size :]
-        modes = [int(draw.random() < config.train.high_entropy_fraction) for _ in chosen]
-        prompts = [lesson.prompts[mode] for lesson, mode in zip(chosen, modes, strict=True)]
-        answers = [_answer(lesson, mode, config.train, draw) for lesson, mode in zip(chosen, modes, strict=True)]
+        prompts = [lesson.prompts[draw.random() < config.train.high_entropy_fraction] for lesson in chosen]
+        answers = [_answer(lesson, config.train, draw) for lesson in chosen]
         yield SftBatch(
             jnp.asarray(pad_left(prompts, width)[:, None]),
             jnp.asarray(lengths(prompts)[:, None]),
@@ -125,11 +127,18 @@ def _batches(lessons: Sequence[Lesson], config: SftConfig) -> Iterator[SftBatch]
         )
 
 
-def _answer(lesson: Lesson, mode: int, config: WarmupConfig, draw: random.Random) -> list[int]:
-    """One of the question's answers: any of them, or in the normal mode now and then the simplest."""
-    if mode == NORMAL and draw.random() < config.simplest_fraction:
-        return lesson.answers[0]
-    return draw.choice(lesson.answers)
+def _answer(lesson: Lesson, config: WarmupConfig, draw: random.Random) -> list[int]:
+    """Any of the question's answers, or now and then an answer to another question."""
+    wrong = lesson.wrong and draw.random() < config.wrong_fraction
+    return draw.choice(lesson.wrong if wrong else lesson.answers)
+
+
+def _wrong_answers(puzzle: countdown.Puzzle, count: int) -> list[str]:
+    """Expressions over the puzzle's numbers that reach other targets, at most `count`; the same on every call."""
+    draw = random.Random(f"wrong answers {countdown.render(puzzle)}")
+    reachable = countdown.reachable(tuple(sorted(puzzle.numbers)))
+    others = [target for target in reachable if target != puzzle.target]
+    return [draw.choice(reachable[target]) for target in draw.sample(others, min(count, len(others)))]
 
 
 def _train(

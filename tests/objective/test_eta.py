@@ -31,7 +31,7 @@ def by_hand(measurements, config, eta):
         new = min(max(math.log(config.target_kl / max(kl, 1e-6)), -3.0), 2.0)
         change = 0.0 if error is None else new - error
         moved = config.largest * (config.gain * new + config.damping * change)
-        eta = min(max(eta + moved, 0.0), config.largest)
+        eta = min(max(eta + moved, config.smallest), config.largest)
         error = new
     return eta, kl
 
@@ -86,12 +86,13 @@ def test_a_moving_divergence_is_damped():
     np.testing.assert_allclose(steady - rising, config.damping * math.log(1.5), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("kl", "bound"), [(1e-9, 0.3), (0.0, 0.3), (100.0, 0.0)])
-def test_eta_stays_within_its_bounds(kl, bound):
-    config = EtaConfig("target_kl", target_kl=TARGET, largest=0.3)
+@pytest.mark.parametrize("smallest", [0.0, 0.05])
+@pytest.mark.parametrize("kl", [0.0, 1e-9, 100.0])
+def test_eta_stays_within_its_bounds(kl, smallest):
+    config = EtaConfig("target_kl", target_kl=TARGET, smallest=smallest, largest=0.3)
     etas = [float(state.eta) for state in after([kl] * 40, config)]
-    assert 0 <= min(etas) <= max(etas) <= np.float32(0.3)
-    assert etas[-1] == np.float32(bound)
+    assert np.float32(smallest) <= min(etas) <= max(etas) <= np.float32(0.3)
+    assert etas[-1] == np.float32(0.3 if kl < TARGET else smallest)
 
 
 @pytest.mark.parametrize("kl", [1e-9, 100.0])
@@ -160,6 +161,8 @@ def test_the_state_is_two_float32_scalars():
         {"smoothing": 1.0},
         {"smoothing": -0.1},
         {"largest": 0.0},
+        {"smallest": -0.1},
+        {"smallest": 1.1},
     ],
     ids=str,
 )

@@ -160,6 +160,7 @@ def _eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     parser.add_argument("--question-column", default="question")
     parser.add_argument("--answer-column", default="answer")
     parser.add_argument("--numbers", type=_numbers, default=(3,), help="embedded task: numbers of a puzzle (default 3)")
+    parser.add_argument("--max-number", type=_positive, default=30, help="embedded task: largest number (default 30)")
     parser.add_argument("--questions", type=_positive, default=256, help="at most so many questions (default 256)")
     parser.add_argument(
         "--grader", default=None, help="countdown (embedded), math (files), exact, or your own function"

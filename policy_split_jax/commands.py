@@ -130,6 +130,7 @@ def evaluate(options: argparse.Namespace) -> None:
         split="test",
         numbers=options.numbers,
         count=options.questions,
+        max_number=options.max_number,
     )[: options.questions]
     grader = options.grader or ("countdown" if embedded else "math")
     with (

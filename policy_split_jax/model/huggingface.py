@@ -436,7 +436,7 @@ def save_model(
     parameters do not fit `config`.
     """
     _check_target(folder)
-    _check_params(params, config)
+    check_params(params, config)
     if tokenizer_files is not None:
         _check_tokenizer_files(tokenizer_files)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -459,7 +459,8 @@ def _check_target(folder: Path) -> None:
         raise UserError(f"{folder}: exists already; choose a new folder or empty this one")
 
 
-def _check_params(params: Params, config: Qwen3Config) -> None:
+def check_params(params: Params, config: Qwen3Config) -> None:
+    """Raises UserError unless the tree and its shapes are those of `config`."""
     expected = {path: leaf.shape for path, leaf in _by_path(abstract_params(config)).items()}
     found = {path: np.shape(leaf) for path, leaf in _by_path(params).items()}
     wrong = [

@@ -51,7 +51,7 @@ class Lesson(NamedTuple):
 def warm_up(config: SftConfig, start: qwen3.Params | None = None) -> Path:
     """Trains as `config` says, from `start` or from random weights, and writes a Hugging Face folder.
 
-    Raises UserError when the folder exists: nothing is overwritten.
+    Raises UserError when the folder exists (nothing is overwritten) and when `start` is of another size.
     """
     output = Path(config.output)
     if output.exists():
@@ -62,6 +62,7 @@ def warm_up(config: SftConfig, start: qwen3.Params | None = None) -> Path:
         tokenizer = huggingface.load_tokenizer(Path(scratch))
         model = qwen3.Qwen3Config(vocab_size=vocab_size, **asdict(config.size))
         params = start if start is not None else qwen3.init_params(model, jax.random.key(config.train.seed))
+        huggingface.check_params(params, model)
         lessons = _lessons(config, tokenizer, prompts)
         params, losses = _train(config, model, params, lessons)
         huggingface.save_model(

@@ -1,6 +1,6 @@
 """The whole job on the embedded model: does the run of configs/tiny.yaml split the policy, whatever the seed?
 
-    bash launch/test.sh -m slow tests/test_split.py
+bash launch/test.sh -m slow tests/test_split.py
 """
 
 import json

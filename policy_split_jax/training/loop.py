@@ -224,6 +224,7 @@ def update_config(config: RunConfig) -> UpdateConfig:
         clip_high=config.loss.clip_high,
         dual_clip=config.loss.dual_clip,
         aggregate=config.loss.aggregate,
+        max_new_tokens=config.rollout.max_new_tokens,
         temperature=config.rollout.temperature,
         updates_per_step=config.train.updates_per_step,
         microbatch_questions=config.train.microbatch_questions,

@@ -1,6 +1,7 @@
 """Whole runs of a few steps on the embedded model."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -9,12 +10,12 @@ import pytest
 import yaml
 
 from policy_split_jax import config as settings
-from policy_split_jax.config import RunConfig
+from policy_split_jax.config import LossConfig, RunConfig
 from policy_split_jax.errors import UserError
 from policy_split_jax.model import huggingface
 from policy_split_jax.policy import load_policy, model_folder
 from policy_split_jax.training.checkpoint import load_checkpoint_params
-from policy_split_jax.training.loop import train
+from policy_split_jax.training.loop import train, update_config
 
 # Third-party code of the checkpoint library warns about its own deprecations.
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -129,3 +130,8 @@ def test_seeds_differ(tmp_path):
     second = run(small_run(tmp_path / "b", steps=1, seed=1))
     assert rows(first)[1]["loss"] != rows(second)[1]["loss"]
     assert rows(first)[0] == rows(second)[0]  # the evaluation has a seed of its own
+
+
+def test_the_aggregate_constant_divides_by_the_most_new_tokens(tmp_path):
+    config = replace(small_run(tmp_path), loss=LossConfig(aggregate="constant"))
+    assert (update_config(config).aggregate, update_config(config).max_new_tokens) == ("constant", 12)

@@ -73,7 +73,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     base = UpdateConfig(microbatch_questions=1)
     variants = {
-        "as configured (microbatch 1, prompts shared, fused)": (base, None),
+        "microbatch of 1 question, prompts shared, fused": (base, None),
         "microbatch of 4 questions": (replace(base, microbatch_questions=4), None),
         "microbatch of 16 questions": (replace(base, microbatch_questions=16), None),
         "one batch of 64 questions": (replace(base, microbatch_questions=0), None),

@@ -34,10 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"policy-split: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("policy-split: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        remedy = "; the same command goes on from the last checkpoint" if options.command == "train" else ""
+        print(f"policy-split: interrupted{remedy}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 1
+    except OSError as error:
+        # A full disk, a folder without permission: nothing that a traceback would explain.
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"policy-split: error: {place}{error.strerror or error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -87,9 +93,9 @@ def _engine_options(parser: argparse.ArgumentParser) -> None:
 
 def _sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=_not_negative, default=1.0, help="0 is greedy (default 1.0)")
-    parser.add_argument("--top-k", type=int, default=0, help="0 is off (default)")
+    parser.add_argument("--top-k", type=_count, default=0, help="0 is off (default)")
     parser.add_argument("--top-p", type=_share, default=1.0, help="1 is off (default)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_seed, default=0)
 
 
 def _train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -166,7 +172,9 @@ def _eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         "--grader", default=None, help="countdown (embedded), math (files), exact, or your own function"
     )
     parser.add_argument("--k", type=_positive, default=8, help="samples of each question in each mode (default 8)")
-    parser.add_argument("--max-new-tokens", type=_positive, default=16)
+    parser.add_argument(
+        "--max-new-tokens", type=_positive, help="longest answer (default 16 for the embedded task, 2048 for files)"
+    )
     parser.add_argument("--output", metavar="FILE", help="JSON to write (default eval.json)", default="eval.json")
     _sampling_options(parser)
     _engine_options(parser)
@@ -205,6 +213,14 @@ def _number(text: str, kind: Callable[[str], Any], rule: str, holds: Callable[[A
 
 def _positive(text: str) -> int:
     return _number(text, int, "at least 1", lambda value: value >= 1)
+
+
+def _count(text: str) -> int:
+    return _number(text, int, "at least 0", lambda value: value >= 0)
+
+
+def _seed(text: str) -> int:
+    return _number(text, int, "from 0 to 4294967295", lambda value: 0 <= value < 2**32)
 
 
 def _not_negative(text: str) -> float:

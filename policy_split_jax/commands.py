@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ import jax.numpy as jnp
 
 from policy_split_jax import config as settings
 from policy_split_jax.config import EMBEDDED, RunConfig, SftConfig
-from policy_split_jax.data.formats import Row, read_records
+from policy_split_jax.data.formats import Row, question_of, read_records
 from policy_split_jax.errors import UserError
+from policy_split_jax.files import check_output, whole_file, write_json
 from policy_split_jax.model import huggingface, qwen3
 from policy_split_jax.modes import HIGH_ENTROPY, MODE_NAMES, NORMAL
-from policy_split_jax.policy import Policy, load_policy, model_folder, write_prompts
+from policy_split_jax.policy import Policy, load_model, write_prompts
 
 _MODES = {"normal": (NORMAL,), "high-entropy": (HIGH_ENTROPY,), "both": (NORMAL, HIGH_ENTROPY)}
 
@@ -26,16 +26,9 @@ def train(options: argparse.Namespace) -> None:
     """`policy-split train CONFIG`."""
     from policy_split_jax.training.loop import train as run
 
-    overrides = [*options.overrides, *([f"model.path={options.model}"] if options.model else [])]
-    config = settings.load(RunConfig, options.config, overrides)
-    prompts = settings.mode_prompts(config.prompt)
-    if options.checkpoint:
-        policy, params = _load(options)
-        policy = replace(policy, prompts=prompts)
-    else:
-        policy = load_policy(model_folder(config.model.path), prompts)
-        params = huggingface.load_params(policy.folder, policy.config)
-    run(config, policy, params, must_resume=options.resume)
+    sources = {"model.path": options.model, "model.checkpoint": options.checkpoint}
+    chosen = [f"{key}={json.dumps(value)}" for key, value in sources.items() if value]
+    run(settings.load(RunConfig, options.config, [*options.overrides, *chosen]), must_resume=options.resume)
 
 
 def sft(options: argparse.Namespace) -> None:
@@ -51,6 +44,9 @@ def sample(options: argparse.Namespace) -> None:
     from policy_split_jax.rollouts import sample_groups
     from policy_split_jax.sampler.rollout import Sampling
 
+    rows = None if options.prompts is None else _questions(Path(options.prompts))
+    if options.output:
+        check_output(Path(options.output))
     policy, params = _load(options)
     sampler = _sampler(options, policy)
     modes = _MODES[options.mode]
@@ -73,13 +69,17 @@ def sample(options: argparse.Namespace) -> None:
                 }
 
     key = jax.random.key(options.seed)
-    if options.prompts is None:
+    if rows is None:
         _converse(answer, key)
-        return
-    rows = [
-        Row(_text(place, record, "question"), None, "prompts") for place, record in read_records(Path(options.prompts))
-    ]
-    _write_rows(options.output, answer(rows, key))
+    else:
+        _write_rows(options.output, answer(rows, key))
+
+
+def _questions(path: Path) -> list[Row]:
+    rows = [Row(question_of(place, record), None, "prompts") for place, record in read_records(path)]
+    if not rows:
+        raise UserError(f"{path}: holds no rows; give a file with at least one question")
+    return rows
 
 
 def _converse(answer: Any, key: jax.Array) -> None:
@@ -103,8 +103,9 @@ def score(options: argparse.Namespace) -> None:
     """`policy-split score`."""
     from policy_split_jax.evaluation.score_rows import score_answers, score_contexts
 
-    policy, params = _load(options)
     records = list(read_records(Path(options.input)))
+    check_output(Path(options.output))
+    policy, params = _load(options)
     run = score_contexts if options.prompt_tokens else score_answers
     _write_rows(options.output, run(params, policy, records, options.temperature, jnp.dtype(options.dtype)))
 
@@ -119,10 +120,10 @@ def evaluate(options: argparse.Namespace) -> None:
     from policy_split_jax.rewards import GraderPool
     from policy_split_jax.sampler.rollout import Sampling
     from policy_split_jax.training.console import RunDisplay, evaluation_table
-    from policy_split_jax.training.metrics_log import plain_row, write_json
+    from policy_split_jax.training.metrics_log import plain_row
 
-    policy, params = _load(options)
     embedded = options.data == EMBEDDED
+    check_output(Path(options.output))
     rows = load_rows(
         options.data,
         question_column=options.question_column,
@@ -132,13 +133,15 @@ def evaluate(options: argparse.Namespace) -> None:
         count=options.questions,
         max_number=options.max_number,
     )[: options.questions]
+    policy, params = _load(options)
     grader = options.grader or ("countdown" if embedded else "math")
+    max_new_tokens = options.max_new_tokens or (16 if embedded else 2048)
     with (
         GraderPool(grader) as pool,
         RunDisplay(1, 0) as display,
         display.phase("samples", len(rows) * 2 * options.k) as progress,
     ):
-        row, _, _ = run(
+        row, groups, _ = run(
             params,
             policy,
             _sampler(options, policy),
@@ -147,9 +150,10 @@ def evaluate(options: argparse.Namespace) -> None:
             rows,
             k=options.k,
             key=jax.random.key(options.seed),
-            sampling=Sampling(options.max_new_tokens, options.temperature, options.top_k, options.top_p),
+            sampling=Sampling(max_new_tokens, options.temperature, options.top_k, options.top_p),
             progress=progress,
         )
+        display.grader_errors(groups)
     Console().print(evaluation_table(row))
     write_json(Path(options.output), plain_row(row))
     print(f"written to {options.output}")
@@ -185,13 +189,10 @@ def report(options: argparse.Namespace) -> None:
 def _load(options: argparse.Namespace) -> tuple[Policy, qwen3.Params]:
     """The model that --model or --checkpoint names; the embedded one by default."""
     if options.checkpoint:
-        from policy_split_jax.training.checkpoint import load_checkpoint_params
+        from policy_split_jax.training.checkpoint import load_run
 
-        run = Path(options.checkpoint)
-        policy = load_policy(model_folder(str(run / "model")))
-        return policy, load_checkpoint_params(run / "checkpoints", policy.config)
-    policy = load_policy(model_folder(options.model or EMBEDDED))
-    return policy, huggingface.load_params(policy.folder, policy.config)
+        return load_run(Path(options.checkpoint))
+    return load_model(options.model or EMBEDDED)
 
 
 def _sampler(options: argparse.Namespace, policy: Policy) -> Any:
@@ -206,25 +207,12 @@ def _sampler(options: argparse.Namespace, policy: Policy) -> Any:
     )
 
 
-def _text(place: str, record: dict[str, Any], column: str) -> str:
-    value = record.get(column)
-    if not isinstance(value, str) or not value.strip():
-        found = ", ".join(map(str, record)) or "none"
-        raise UserError(f"{place}: {column} must be a text; columns found: {found}")
-    return value
-
-
 def _write_rows(output: str | None, rows: Iterable[dict[str, Any]]) -> None:
     """JSONL to a file, whole or not at all, or to standard output."""
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if output is None:
         sys.stdout.writelines(lines)
         return
-    path = Path(output)
-    if not path.parent.is_dir():
-        raise UserError(f"{path.parent}: no such folder; make it or choose another --output")
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", encoding="utf-8") as file:
+    with whole_file(Path(output)) as file:
         file.writelines(lines)
-    temporary.replace(path)
-    print(f"written to {path}")
+    print(f"written to {output}")

@@ -5,7 +5,7 @@ An unknown key, a wrong type or a value out of range is one `UserError` that nam
 
 import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,9 +20,21 @@ from policy_split_jax.objective.losses import Aggregate
 EMBEDDED = "embedded"
 
 
+MAX_SEED = 2**32 - 1
+
+
 def _require(name: str, value: int | float, holds: bool, rule: str) -> None:
     if not holds:
         raise ValueError(f"{name} is {value}; it must be {rule}")
+
+
+def _at_least(smallest: int, section: Any, *names: str) -> None:
+    for name in names:
+        _require(name, getattr(section, name), getattr(section, name) >= smallest, f"at least {smallest}")
+
+
+def _check_seed(seed: int) -> None:
+    _require("seed", seed, 0 <= seed <= MAX_SEED, f"from 0 to {MAX_SEED}")
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,8 @@ class ModelConfig:
 
     path: str = EMBEDDED
     """A Hugging Face folder, or `embedded` for the tiny model inside the package."""
+    checkpoint: str = ""
+    """Start from the last checkpoint of this run's folder instead (`--checkpoint`)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the activations; parameters and optimizer stay float32."""
     remat: Literal["none", "dots", "full"] = "none"
@@ -74,6 +88,9 @@ class DataConfig:
     test_size: int = 256
     """Embedded task: number of test puzzles."""
 
+    def __post_init__(self) -> None:
+        _at_least(1, self, "train_size", "test_size")
+
 
 @dataclass(frozen=True)
 class RewardConfig:
@@ -87,6 +104,10 @@ class RewardConfig:
     """Seconds for one answer; a grader that takes longer is killed and its rollout masked."""
     memory_limit_mb: int = 4096
     """Memory of one grader process."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "workers", "memory_limit_mb")
+        _require("time_limit", self.time_limit, self.time_limit > 0, "above 0")
 
 
 @dataclass(frozen=True)
@@ -110,13 +131,12 @@ class RolloutConfig:
     """Decode steps between two looks of the host."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "questions_per_step", "rollouts_per_mode", "max_prompt_tokens", "max_new_tokens", "slots",
+        _at_least(
+            1, self, "questions_per_step", "rollouts_per_mode", "max_prompt_tokens", "max_new_tokens", "slots",
             "decode_steps",
-        ):  # fmt: skip
-            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        )  # fmt: skip
         _require("temperature", self.temperature, self.temperature > 0, "above 0 in training")
-        _require("top_k", self.top_k, self.top_k >= 0, "at least 0")
+        _at_least(0, self, "top_k")
         _require("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
 
 
@@ -128,6 +148,12 @@ class LossConfig:
     clip_high: float = 0.2
     dual_clip: float | None = None
     aggregate: Aggregate = "token_mean"
+
+    def __post_init__(self) -> None:
+        _require("clip_low", self.clip_low, 0 <= self.clip_low < 1, "in [0, 1)")
+        _at_least(0, self, "clip_high")
+        if self.dual_clip is not None:
+            _require("dual_clip", self.dual_clip, self.dual_clip > 1, "above 1")
 
 
 @dataclass(frozen=True)
@@ -147,6 +173,10 @@ class OptimizerConfig:
     gradient_clip: float = 1.0
 
     def __post_init__(self) -> None:
+        _at_least(0, self, "learning_rate", "warmup_steps", "weight_decay", "final_fraction")
+        for name in ("b1", "b2"):
+            _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
+        _require("gradient_clip", self.gradient_clip, self.gradient_clip > 0, "above 0")
         if self.decay != "constant" and self.decay_steps < 1:
             raise ValueError(f"decay_steps must be at least 1 when decay is {self.decay}")
 
@@ -173,6 +203,11 @@ class TrainConfig:
     tensorboard: bool = False
     wandb: bool = False
 
+    def __post_init__(self) -> None:
+        _at_least(1, self, "steps", "updates_per_step", "score_chunk", "save_every", "keep_checkpoints")
+        _at_least(0, self, "microbatch_questions", "eval_every", "sample_questions")
+        _check_seed(self.seed)
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -188,6 +223,12 @@ class EvalConfig:
     max_new_tokens: int = 0
     """0: as in training."""
     seed: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "k")
+        _at_least(0, self, "questions", "temperature", "top_k", "max_new_tokens")
+        _require("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
+        _check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -212,10 +253,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         questions = self.rollout.questions_per_step
         updates = self.train.updates_per_step
-        micro = self.train.microbatch_questions or questions // max(updates, 1)
-        if updates < 1 or questions % updates:
+        micro = self.train.microbatch_questions or questions // updates
+        if questions % updates:
             raise ValueError(f"train.updates_per_step ({updates}) must divide rollout.questions_per_step ({questions})")
-        if micro < 1 or (questions // updates) % micro:
+        if (questions // updates) % micro:
             raise ValueError(
                 f"train.microbatch_questions ({micro}) must divide the {questions // updates} questions of an update"
             )
@@ -247,6 +288,9 @@ class LessonConfig:
     max_number: int = 20
     train_size: int = 4096
 
+    def __post_init__(self) -> None:
+        _at_least(1, self, "train_size")
+
 
 @dataclass(frozen=True)
 class ExamConfig:
@@ -255,6 +299,10 @@ class ExamConfig:
     questions: int = 256
     k: int = 8
     seed: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "questions", "k")
+        _check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -272,7 +320,11 @@ class WarmupConfig:
     log_every: int = 50
 
     def __post_init__(self) -> None:
+        _at_least(1, self, "steps", "batch_size", "log_every")
         _require("batch_size", self.batch_size, self.batch_size % 16 == 0, "a multiple of 16")
+        for name in ("high_entropy_fraction", "wrong_fraction"):
+            _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        _check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -289,7 +341,7 @@ class SftConfig:
     eval: ExamConfig = field(default_factory=ExamConfig)
 
 
-Config = TypeVar("Config")
+ConfigT = TypeVar("ConfigT", RunConfig, SftConfig)
 
 
 class _Loader(yaml.SafeLoader):
@@ -304,23 +356,32 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file, applies `section.key=value` overrides, and checks everything."""
+def load(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
+    """Reads a YAML file and a prompt's own file, applies `section.key=value` overrides, and checks everything."""
     path = Path(path)
+    tree = read_tree(path)
+    for override in overrides:
+        _override(tree, override)
+    config = from_dict(kind, tree, str(path))
+    if config.prompt.high_entropy_file:
+        config = replace(config, prompt=_read_prompt_file(config.prompt))
+    return config
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file as they are written, none of them checked."""
     if not path.is_file():
         raise UserError(f"{path}: no such configuration file; configs/tiny.yaml is an example")
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
-    for override in overrides:
-        _override(tree, override)
-    return from_dict(kind, tree, str(path))
+    return tree
 
 
-def from_dict(kind: type[Config], tree: dict[str, Any], source: str) -> Config:
+def from_dict(kind: type[ConfigT], tree: dict[str, Any], source: str) -> ConfigT:
     """Builds a configuration from plain values; `source` is named in errors."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -367,7 +428,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: {section} is not a section")
     try:
         tree[last] = yaml.load(text, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: a date that does not exist
         raise UserError(f"override {override!r}: {text!r} is not a YAML value") from None
 
 
@@ -384,11 +445,18 @@ def _explain(kind: Any, problem: Any) -> str:
 
 
 def mode_prompts(config: PromptConfig) -> ModePrompts:
-    """The prompts of both modes, with the high-entropy prompt read from its file if it has one."""
-    text = config.high_entropy
-    if config.high_entropy_file:
-        path = Path(config.high_entropy_file)
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; prompt.high_entropy_file names a text file")
+    """The prompts of both modes."""
+    return ModePrompts(config.high_entropy, config.enable_thinking, config.question_template)
+
+
+def _read_prompt_file(prompt: PromptConfig) -> PromptConfig:
+    """The same settings with the text itself in place of the file's name: a run keeps what it was trained with."""
+    path = Path(prompt.high_entropy_file)
+    try:
         text = path.read_text(encoding="utf-8").strip()
-    return ModePrompts(text, config.enable_thinking, config.question_template)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{path}: cannot be read ({reason}); prompt.high_entropy_file names a text file") from None
+    return replace(prompt, high_entropy=text, high_entropy_file="")

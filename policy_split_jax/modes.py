@@ -34,8 +34,8 @@ class ModePrompts:
     """The user turn; `{question}` is replaced by the question."""
 
 
-def render(tokenizer: Any, question: str, mode: int, prompts: ModePrompts) -> list[int]:
-    """Token ids of a question's prompt in one mode, up to and including the assistant's header.
+def render(tokenizer: Any, questions: Sequence[str], mode: int, prompts: ModePrompts) -> list[list[int]]:
+    """Token ids of each question's prompt in one mode, up to and including the assistant's header.
 
     `tokenizer` is a Hugging Face tokenizer with a chat template. Special tokens come from the template alone:
     a question that spells `<|im_start|>system` is read as text, never as a turn.
@@ -45,40 +45,46 @@ def render(tokenizer: Any, question: str, mode: int, prompts: ModePrompts) -> li
     template = tokenizer.apply_chat_template(
         turns, tokenize=False, add_generation_prompt=True, enable_thinking=prompts.enable_thinking
     )
-    texts = {
-        _SYSTEM_MARK: prompts.high_entropy,
-        _QUESTION_MARK: prompts.question_template.replace("{question}", question),
-    }
-    return _encode(tokenizer, template, texts)
+    users = [prompts.question_template.replace("{question}", question) for question in questions]
+    return _encode(tokenizer, template, prompts.high_entropy, users)
 
 
-def _encode(tokenizer: Any, template: str, texts: dict[str, str]) -> list[int]:
+def _encode(tokenizer: Any, template: str, system: str, users: Sequence[str]) -> list[list[int]]:
     """Encodes the template with its texts filled in; only the template's own special tokens are special.
 
     Plain text on both sides of a filled-in text is encoded together with it, as the tokenizer itself does.
     """
     special = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    marks = "|".join(re.escape(mark) for mark in [*special, *texts])
-    ids: list[int] = []
-    plain = ""
+    marks = "|".join(re.escape(mark) for mark in [*special, _SYSTEM_MARK, _QUESTION_MARK])
+    ids: list[list[int]] = [[] for _ in users]
+    plain = [""] * len(users)
     for piece in re.split(f"({marks})", template):
         if piece in special:
-            ids += [*_encode_plain(tokenizer, plain), special[piece]]
-            plain = ""
+            ids = [[*row, *text, special[piece]] for row, text in zip(ids, encode_plain(tokenizer, plain), strict=True)]
+            plain = [""] * len(users)
+        elif piece == _QUESTION_MARK:
+            plain = [text + user for text, user in zip(plain, users, strict=True)]
         else:
-            plain += texts.get(piece, piece)
-    return ids + _encode_plain(tokenizer, plain)
+            plain = [text + (system if piece == _SYSTEM_MARK else piece) for text in plain]
+    return [row + text for row, text in zip(ids, encode_plain(tokenizer, plain), strict=True)]
 
 
-def _encode_plain(tokenizer: Any, text: str) -> list[int]:
-    if not text:
-        return []
-    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+def encode_plain(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts of which nothing is special, whatever they spell."""
+    distinct = list(dict.fromkeys(texts))
+    if not any(distinct):
+        return [[] for _ in texts]
+    ids = tokenizer(distinct, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)[
+        "input_ids"
+    ]
+    by_text = dict(zip(distinct, ids, strict=True))
+    return [list(by_text[text]) for text in texts]
 
 
-def render_both(tokenizer: Any, question: str, prompts: ModePrompts) -> tuple[list[int], list[int]]:
-    """A question's prompts, indexed by mode."""
-    return render(tokenizer, question, NORMAL, prompts), render(tokenizer, question, HIGH_ENTROPY, prompts)
+def render_both(tokenizer: Any, questions: Sequence[str], prompts: ModePrompts) -> list[tuple[list[int], list[int]]]:
+    """Each question's prompts, indexed by mode."""
+    normal, high_entropy = (render(tokenizer, questions, mode, prompts) for mode in (NORMAL, HIGH_ENTROPY))
+    return list(zip(normal, high_entropy, strict=True))
 
 
 def decode_response(tokenizer: Any, tokens: Sequence[int], stop_ids: Sequence[int]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from policy_split_jax.config import EMBEDDED
 from policy_split_jax.errors import UserError
 from policy_split_jax.model import huggingface
-from policy_split_jax.model.qwen3 import Qwen3Config
+from policy_split_jax.model.qwen3 import Params, Qwen3Config
 from policy_split_jax.modes import ModePrompts, decode_response
 from policy_split_jax.padding import TokenRow
 
@@ -44,15 +44,21 @@ def model_folder(path: str) -> Path:
     return folder
 
 
-def load_policy(folder: Path, prompts: ModePrompts | None = None) -> Policy:
-    """Reads a model folder; the prompts are the folder's own (`policy_split.json`) unless given."""
+def load_policy(folder: Path) -> Policy:
+    """Reads all of a model folder but its weights; the prompts are those of its `policy_split.json`."""
     return Policy(
         folder=folder,
         config=huggingface.load_config(folder),
         tokenizer=huggingface.load_tokenizer(folder),
         stop_ids=huggingface.load_generation_config(folder).stop_ids,
-        prompts=_read_prompts(folder) if prompts is None else prompts,
+        prompts=_read_prompts(folder),
     )
+
+
+def load_model(path: str) -> tuple[Policy, Params]:
+    """The model and weights of a `model.path` setting."""
+    policy = load_policy(model_folder(path))
+    return policy, huggingface.load_params(policy.folder, policy.config)
 
 
 def copy_policy_files(policy: Policy, folder: Path) -> None:

@@ -53,7 +53,7 @@ def sample_groups(
     A rollout depends on the key, the question's place in `rows`, its mode and its index, not on `per_mode`.
     Raises UserError naming a question whose prompt is too long.
     """
-    prompts = [_render(policy, row, sampler.max_prompt_tokens) for row in rows]
+    prompts = render_prompts(policy, rows, sampler.max_prompt_tokens)
     questions = np.repeat(np.arange(len(rows)), len(modes))
     keys = rollout_keys(key, questions, np.tile(np.array(modes), len(rows)), per_mode)
     requests = [
@@ -90,13 +90,16 @@ def grade_groups(pool: GraderPool, groups: Sequence[Group]) -> None:
         group.grades = [next(grades) for _ in group.texts]
 
 
-def _render(policy: Policy, row: Row, limit: int) -> tuple[list[int], list[int]]:
-    prompts = render_both(policy.tokenizer, row.question, policy.prompts)
-    longest = max(map(len, prompts))
-    if longest > limit:
+def render_prompts(policy: Policy, rows: Sequence[Row], limit: int) -> list[tuple[list[int], list[int]]]:
+    """Each question's prompts, indexed by mode; UserError where one has more than `limit` tokens."""
+    prompts = render_both(policy.tokenizer, [row.question for row in rows], policy.prompts)
+    sizes = [max(map(len, pair)) for pair in prompts]
+    if max(sizes, default=0) > limit:
+        longest = max(range(len(rows)), key=sizes.__getitem__)
         raise UserError(
-            f"the question {row.question[:60]!r} makes a prompt of {longest} tokens, the limit is {limit}; "
-            "raise rollout.max_prompt_tokens or leave the question out"
+            f"{sum(size > limit for size in sizes)} of {len(rows)} questions make prompts of more than {limit} "
+            f"tokens, the longest {sizes[longest]} ({rows[longest].question[:60]!r}); "
+            "raise rollout.max_prompt_tokens (--max-prompt-tokens) or leave them out"
         )
     return prompts
 

@@ -51,12 +51,9 @@ def test_a_rollout_does_not_depend_on_how_many_there_are(prompts, tmp_path):
 
 
 def test_scores_agree_with_the_sampler(prompts, tmp_path):
-    rows = sample(prompts, tmp_path / "out.jsonl")
-    given = tmp_path / "answers.jsonl"
-    given.write_text(
-        "".join(json.dumps({"question": row["question"], "response_tokens": row["tokens"]}) + "\n" for row in rows)
-    )
-    assert main(["score", "--input", str(given), "--output", str(tmp_path / "scores.jsonl")]) == 0
+    rows = sample(prompts, tmp_path / "answers.jsonl")
+    scored = ["score", "--input", str(tmp_path / "answers.jsonl"), "--output", str(tmp_path / "scores.jsonl")]
+    assert main(scored) == 0
     for row, scores in zip(rows, read(tmp_path / "scores.jsonl"), strict=True):
         # Two programs of the same float32 model: rounding only.
         np.testing.assert_allclose(scores[row["mode"]]["logprobs"], row["logprobs"], atol=2e-5)
@@ -64,6 +61,25 @@ def test_scores_agree_with_the_sampler(prompts, tmp_path):
             assert len(scores[name]) == len(row["tokens"])
             assert min(scores[name]) > -1e-6
         assert min(scores["normal"]["entropies"]) >= 0
+
+
+@pytest.mark.parametrize("column", ["response", "text", "response_tokens", "tokens"])
+def test_an_answer_may_be_given_as_text_or_tokens(column, tmp_path):
+    from policy_split_jax.modes import encode_plain
+    from policy_split_jax.policy import load_policy, model_folder
+
+    answer = "5*(3+4)"
+    tokens = encode_plain(load_policy(model_folder("embedded")).tokenizer, [answer])[0]
+    given = tmp_path / "answers.jsonl"
+    given.write_text(
+        json.dumps({**QUESTIONS[0], column: tokens if column.endswith("tokens") else answer}), encoding="utf-8"
+    )
+    assert main(["score", "--input", str(given), "--output", str(tmp_path / "scores.jsonl")]) == 0
+    (row,) = read(tmp_path / "scores.jsonl")
+    assert row["response_tokens"] == tokens
+    # The embedded model knows this puzzle's form: no token of the answer is out of the question.
+    assert len(row["normal"]["logprobs"]) == len(tokens)
+    assert min(row["normal"]["logprobs"]) > -9
 
 
 def test_token_rows_are_scored_in_their_own_context(prompts, tmp_path):
@@ -77,7 +93,7 @@ def test_token_rows_are_scored_in_their_own_context(prompts, tmp_path):
         "".join(
             json.dumps(
                 {
-                    "prompt_tokens": render(policy.tokenizer, row["question"], HIGH_ENTROPY, policy.prompts),
+                    "prompt_tokens": render(policy.tokenizer, [row["question"]], HIGH_ENTROPY, policy.prompts)[0],
                     "response_tokens": row["tokens"],
                 }
             )
@@ -101,6 +117,10 @@ def test_eval_writes_a_table_and_a_file(tmp_path, capsys):
         assert row[f"pass@1/{mode}"] == pytest.approx(row[f"accuracy/{mode}"])
         assert row[f"pass@4/{mode}"] == pytest.approx(row[f"best_of_k/{mode}"])
         assert 0 < row[f"entropy/{mode}"] < np.log(360)
+    assert row["accuracy/both"] == pytest.approx((row["accuracy/normal"] + row["accuracy/high_entropy"]) / 2)
+    for name in ("entropy", "response_length"):
+        low, high = sorted((row[f"{name}/normal"], row[f"{name}/high_entropy"]))
+        assert low <= row[f"{name}/both"] <= high
     assert "high-entropy" in capsys.readouterr().out
 
 
@@ -129,24 +149,67 @@ def test_an_exported_model_decodes_alike_in_transformers(prompts, tmp_path):
         (["train", "CONFIG", "advantage.kappa=0.5"], "kappa must be at least 1"),
         (["train", "CONFIG", "steps"], "write section.key=value"),
         (["train", "CONFIG", "--model", "embedded", "train.stpes=3"], "unknown key train.stpes"),
-        (["sample", "--model", "nowhere", "--prompts", "x.jsonl"], "nowhere: no config.json there"),
+        (["sample", "--model", "nowhere", "--prompts", "GOOD"], "nowhere: no config.json there"),
         (["sample", "--prompts", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
         (["sample", "--prompts", "BROKEN"], "broken.jsonl:2: malformed JSON"),
         (["score", "--input", "BROKEN", "--output", "out.jsonl"], "broken.jsonl:2: malformed JSON"),
         (["eval", "--checkpoint", "nowhere"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
+        (["eval", "--output", "missing/eval.json"], "missing: no such folder"),
+        (["eval", "--output", "."], ".: is a folder"),
+        (["sample", "--prompts", "GOOD", "--output", "missing/out.jsonl"], "missing: no such folder"),
+        (["score", "--input", "GOOD", "--output", "missing/out.jsonl"], "missing: no such folder"),
+        (["sample", "--prompts", "EMPTY"], "empty.jsonl: holds no rows"),
+        (["sample", "--prompts", "BLANK"], "blank.jsonl:1: question is empty"),
+        (["train", "CONFIG", "data.train=nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
+        (["train", "CONFIG", "reward.grader=mth"], "unknown reward 'mth'"),
+        (["train", "CONFIG", "rollout.questions_per_step=5000"], "batch size 5000 does not fit 4096 rows"),
+        (["train", "CONFIG", "rollout.max_prompt_tokens=20"], "questions make prompts of more than 20 tokens"),
+        (["train", "CONFIG", "--resume"], "run: no checkpoint to resume from"),
+        (["train", "CONFIG", "--checkpoint", "nowhere"], "nowhere: no such folder"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.yaml").write_text("name: run\n")
     (tmp_path / "broken.jsonl").write_text('{"question": "a", "response": "b"}\n{"question": \n')
-    named = {"CONFIG": "config.yaml", "BROKEN": "broken.jsonl"}
+    (tmp_path / "good.jsonl").write_text('{"question": "a", "response": "b"}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "blank.jsonl").write_text('{"question": " "}\n')
+    named = {
+        "CONFIG": "config.yaml",
+        **{name.upper(): f"{name}.jsonl" for name in ("broken", "good", "empty", "blank")},
+    }
     assert main([named.get(word, word) for word in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_the_system_refuses_is_one_line(prompts, tmp_path, monkeypatch, capsys):
+    from pathlib import Path
+
+    def refuse(self, *options, **more):
+        raise OSError(28, "No space left on device", str(self))
+
+    output = tmp_path / "out.jsonl"
+    monkeypatch.setattr(Path, "replace", refuse)
+    assert main(["sample", "--prompts", str(prompts), "--max-new-tokens", "2", "--output", str(output)]) == 2
+    assert capsys.readouterr().err == f"policy-split: error: {output}.part: No space left on device\n"
+    assert [path.name for path in tmp_path.iterdir()] == [prompts.name]
+
+
+@pytest.mark.parametrize(("command", "goes_on"), [("train", True), ("report", False)])
+def test_an_interrupt_promises_only_what_holds(command, goes_on, monkeypatch, capsys):
+    from policy_split_jax import commands
+
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, command, interrupt)
+    assert main([command, "x"]) == 130
+    assert ("last checkpoint" in capsys.readouterr().err) == goes_on
 
 
 @pytest.mark.parametrize("rest", [["--modle", "x"], ["--resume", "steps"], ["--resume", "--x=1"]])

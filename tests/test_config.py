@@ -53,8 +53,8 @@ def test_a_file_with_overrides(write):
 def test_a_number_without_a_point_is_a_number(write, text):
     """YAML 1.1 reads 1e-4 as a string."""
     path = write(f"name: a\noptimizer: {{learning_rate: {text}}}\nadvantage: {{eta: {text}}}\n")
-    config = load(RunConfig, path, [f"eta.gain={text}", f"loss.dual_clip={text}"])
-    values = (config.optimizer.learning_rate, config.advantage.eta, config.eta.gain, config.loss.dual_clip)
+    config = load(RunConfig, path, [f"eta.gain={text}", f"loss.clip_high={text}"])
+    values = (config.optimizer.learning_rate, config.advantage.eta, config.eta.gain, config.loss.clip_high)
     assert values == (1e-4,) * 4
     assert {type(value) for value in values} == {float}
 
@@ -158,9 +158,27 @@ def test_an_unknown_section_in_the_file(write):
         ("prompt.question_template=Hello", ["prompt", "question_template", "{question}"]),
         ("optimizer.decay=cosine", ["optimizer", "decay_steps", "cosine"]),
         ("train.updates_per_step=3", ["train.updates_per_step (3)", "rollout.questions_per_step (16)"]),
-        ("train.updates_per_step=0", ["train.updates_per_step (0)"]),
+        ("train.updates_per_step=0", ["train", "updates_per_step is 0", "at least 1"]),
         ("train.microbatch_questions=5", ["train.microbatch_questions (5)", "16"]),
-        ("train.microbatch_questions=-4", ["train.microbatch_questions (-4)"]),
+        ("train.microbatch_questions=-4", ["train", "microbatch_questions is -4", "at least 0"]),
+        ("train.seed=-1", ["train", "seed is -1", "from 0 to 4294967295"]),
+        ("train.seed=1000000000000", ["train", "seed", "from 0 to 4294967295"]),
+        ("train.score_chunk=0", ["train", "score_chunk is 0"]),
+        ("train.keep_checkpoints=-1", ["train", "keep_checkpoints is -1"]),
+        ("train.save_every=0", ["train", "save_every is 0"]),
+        ("train.steps=0", ["train", "steps is 0"]),
+        ("eval.k=0", ["eval", "k is 0"]),
+        ("eval.temperature=-1", ["eval", "temperature is -1"]),
+        ("eval.top_p=2", ["eval", "top_p is 2"]),
+        ("loss.clip_low=-3", ["loss", "clip_low is -3", "[0, 1)"]),
+        ("loss.clip_high=-0.1", ["loss", "clip_high is -0.1"]),
+        ("loss.dual_clip=1", ["loss", "dual_clip is 1", "above 1"]),
+        ("optimizer.learning_rate=-1", ["optimizer", "learning_rate is -1"]),
+        ("optimizer.b2=1", ["optimizer", "b2 is 1", "[0, 1)"]),
+        ("optimizer.gradient_clip=0", ["optimizer", "gradient_clip is 0"]),
+        ("reward.workers=0", ["reward", "workers is 0"]),
+        ("reward.time_limit=0", ["reward", "time_limit is 0"]),
+        ("data.test_size=0", ["data", "test_size is 0"]),
     ],
 )
 def test_a_bad_value_is_named(write, override, words):
@@ -178,6 +196,7 @@ def test_a_bad_value_is_named(write, override, words):
         ("=3", ["section.key=value"]),
         ("train.steps=[1", ["train.steps", "not a YAML value"]),
         ("name.first=3", ["name.first", "name is not a section"]),
+        ("name=2026-02-30", ["name=2026-02-30", "not a YAML value"]),
     ],
 )
 def test_a_bad_override_is_named(write, override, words):
@@ -203,6 +222,7 @@ def test_a_missing_name(write):
         ("name: a\ntrain:\n  steps: 1\n  seed: 2\n  steps: 3\n", "steps is there twice"),
         ("name: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
         ("name: a\ntrain:\n", "train is None"),
+        ("name: 2026-02-30\n", "not valid YAML"),
     ],
 )
 def test_a_file_that_is_no_configuration(write, text, words):
@@ -223,14 +243,19 @@ def test_a_missing_file(tmp_path):
     assert message.startswith(f"{tmp_path / 'none.yaml'}: no such configuration file")
 
 
-def test_the_high_entropy_prompt_may_stand_in_a_file(tmp_path):
+def test_the_high_entropy_prompt_may_stand_in_a_file(tmp_path, write):
     path = tmp_path / "prompt.txt"
     path.write_text("  Surprise me.\n", encoding="utf-8")
-    chosen = settings.PromptConfig(high_entropy="unused", high_entropy_file=str(path), enable_thinking=False)
-    prompts = settings.mode_prompts(chosen)
-    assert (prompts.high_entropy, prompts.enable_thinking) == ("Surprise me.", False)
-    missing = settings.PromptConfig(high_entropy_file=str(tmp_path / "none.txt"))
-    assert f"{tmp_path / 'none.txt'}: no such file" in refusal(lambda: settings.mode_prompts(missing))
+    config = write("name: a\nprompt: {high_entropy: unused, enable_thinking: false}\n")
+
+    def read(name):
+        return load(RunConfig, config, [f"prompt.high_entropy_file={tmp_path / name}"])
+
+    # The run keeps the text: the file may change later.
+    assert read("prompt.txt").prompt == settings.PromptConfig(high_entropy="Surprise me.", enable_thinking=False)
+    assert f"{tmp_path / 'none.txt'}: cannot be read" in refusal(lambda: read("none.txt"))
+    (tmp_path / "latin.txt").write_bytes("Überrasche mich.".encode("latin-1"))
+    assert f"{tmp_path / 'latin.txt'}: not UTF-8 at byte 0" in refusal(lambda: read("latin.txt"))
 
 
 def test_known_keys_are_all_leaves():

@@ -13,9 +13,9 @@ from policy_split_jax.modes import (
     NORMAL,
     ModePrompts,
     decode_response,
-    render,
     render_both,
 )
+from policy_split_jax.modes import render as render_all
 
 QUESTIONS = [
     "What is 2+2?",
@@ -52,6 +52,10 @@ def tokenizer(request, tmp_path_factory):
     else:
         folder = request.getfixturevalue("shared") / "data" / "qwen3_tokenizer"
     return AutoTokenizer.from_pretrained(folder)
+
+
+def render(tokenizer, question, mode, prompts):
+    return render_all(tokenizer, [question], mode, prompts)[0]
 
 
 def template_ids(tokenizer, question, mode, prompts):
@@ -137,7 +141,7 @@ def test_rendering_leaves_the_tokenizer_as_it_was(tokenizer):
 
 
 def test_the_modes_differ_by_the_system_turn(tokenizer):
-    normal, high_entropy = render_both(tokenizer, "2+2?", ModePrompts(high_entropy="Be odd."))
+    ((normal, high_entropy),) = render_both(tokenizer, ["2+2?"], ModePrompts(high_entropy="Be odd."))
     assert (NORMAL, HIGH_ENTROPY, MODE_NAMES) == (0, 1, ("normal", "high_entropy"))
     system = tokenizer("<|im_start|>system\nBe odd.<|im_end|>\n")["input_ids"]
     assert high_entropy == system + normal
@@ -169,7 +173,7 @@ def test_question_template_wraps_the_user_turn_alone(tokenizer, mode):
 
 def test_prompts_end_with_the_assistant_header(tokenizer):
     header = tokenizer("<|im_start|>assistant\n")["input_ids"]
-    for ids in render_both(tokenizer, "2+2?", ModePrompts()):
+    for ids in render_both(tokenizer, ["2+2?"], ModePrompts())[0]:
         assert ids[-len(header) :] == header
 
 

@@ -116,6 +116,15 @@ def _column(place: str, record: dict[str, Any], column: str) -> Any:
     return record[column]
 
 
+def question_of(place: str, record: dict[str, Any]) -> str:
+    """The column `question` of a record that needs no answer; UserError where there is no text to ask."""
+    if "question" not in record:
+        found = ", ".join(map(str, record)) or "none"
+        raise UserError(f"{place}: no column 'question'; columns found: {found}")
+    _check_question(place, "question", record["question"])
+    return record["question"]
+
+
 def _check_question(place: str, column: str, question: Any) -> None:
     if not isinstance(question, str):
         raise UserError(f"{place}: {column} holds {_kind(question)}; a question must be text")

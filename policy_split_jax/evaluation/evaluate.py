@@ -18,7 +18,7 @@ from policy_split_jax.model import qwen3
 from policy_split_jax.modes import HIGH_ENTROPY, MODE_NAMES, NORMAL
 from policy_split_jax.objective.scorer import TokenScores, score_rollouts
 from policy_split_jax.policy import Policy
-from policy_split_jax.rewards import GraderPool
+from policy_split_jax.rewards import Grade, GraderPool
 from policy_split_jax.rollouts import Group, Progress, grade_groups, no_progress, sample_groups
 from policy_split_jax.sampler.rollout import Sampler, Sampling
 from policy_split_jax.training.batch import Batch
@@ -27,8 +27,12 @@ from policy_split_jax.training.collate import make_batch
 CORRECT = 0.5
 """A reward above this counts as a right answer."""
 
+_BOTH = len(MODE_NAMES)
+"""Stands where a mode would, for the rollouts of both together: twice as many as one mode has."""
+
 _SCORED_QUESTIONS = 4
-"""Questions scored at once."""
+_SCORED_TOKENS = 1 << 16
+"""Questions scored at once: at most so many, and no more than have so many tokens under both modes, but one."""
 
 Row_ = dict[str, Any]
 Scorer = Callable[[qwen3.Params, Batch], TokenScores]
@@ -73,10 +77,11 @@ def score_groups(
 ) -> list[GroupScores]:
     """Scores every rollout under both modes, a few questions at a time, in their order."""
     scored: list[GroupScores] = []
-    for start in range(0, len(groups), _SCORED_QUESTIONS):
-        part = list(groups[start : start + _SCORED_QUESTIONS])
+    at_once = _questions_at_once(groups)
+    for start in range(0, len(groups), at_once):
+        part = list(groups[start : start + at_once])
         # The last part is filled up, so that one compiled program serves.
-        full = part + [part[-1]] * (_SCORED_QUESTIONS - len(part))
+        full = part + [part[-1]] * (at_once - len(part))
         batch = make_batch(
             [group.prompts for group in full],
             [group.rollouts for group in full],
@@ -90,6 +95,14 @@ def score_groups(
             GroupScores(scores.entropy[:, at], scores.logprobs[:, at], scores.kl[:, at]) for at in range(len(part))
         ]
     return scored
+
+
+def _questions_at_once(groups: Sequence[Group]) -> int:
+    tokens = max(
+        2 * len(group.rollouts) * (max(map(len, group.prompts)) + max(len(r.tokens) for r in group.rollouts))
+        for group in groups
+    )
+    return min(_SCORED_QUESTIONS, max(1, _SCORED_TOKENS // tokens))
 
 
 def rewards_of(groups: Sequence[Group], mode: int) -> Float[np.ndarray, "Q n"]:
@@ -112,15 +125,21 @@ def _correct(rewards: Float[np.ndarray, "Q n"]) -> Float[np.ndarray, "Q n"]:
 
 
 def _answers(groups: Sequence[Group], mode: int) -> list[list[str | None]]:
-    """What each rollout answered, for votes and for counting different answers: the canonical form of a right
-    answer, the text of a wrong one."""
+    """What each rollout answered, for votes and for counting solutions; None where it was cut off too early to.
+
+    A rollout that was cut off and is right all the same had answered.
+    """
     return [
         [
-            grade.canonical if grade.canonical is not None else f"text {text.strip().splitlines()[-1:]}"
-            for (grade, text), _ in _of_mode(group, list(zip(group.grades, group.texts, strict=True)), mode)
+            None if rollout.finish_reason == "length" and not _is_right(grade) else grade.answer
+            for (grade, rollout), _ in _of_mode(group, list(zip(group.grades, group.rollouts, strict=True)), mode)
         ]
         for group in groups
     ]
+
+
+def _is_right(grade: Grade) -> bool:
+    return grade.score is not None and grade.score > CORRECT
 
 
 def outcome_metrics(groups: Sequence[Group]) -> Row_:
@@ -129,58 +148,66 @@ def outcome_metrics(groups: Sequence[Group]) -> Row_:
     correct = [_correct(values) for values in rewards]
     answers = [_answers(groups, mode) for mode in (NORMAL, HIGH_ENTROPY)]
     row: Row_ = {}
-    for mode, name in enumerate(MODE_NAMES):
-        rollouts = [r for group in groups for r, _ in _of_mode(group, group.rollouts, mode)]
-        row[f"reward/{name}"] = metrics.average_at_k(rewards[mode])
-        row[f"accuracy/{name}"] = metrics.average_at_k(correct[mode])
+    rewards.append(np.concatenate(rewards, axis=1))
+    correct.append(np.concatenate(correct, axis=1))
+    answers.append([[*first, *second] for first, second in zip(*answers, strict=True)])
+    for part, name in enumerate((*MODE_NAMES, "both")):
+        rollouts = [r for g in groups for r, mode in zip(g.rollouts, g.modes, strict=True) if part in (mode, _BOTH)]
+        row[f"reward/{name}"] = metrics.average_at_k(rewards[part])
+        row[f"accuracy/{name}"] = metrics.average_at_k(correct[part])
         row[f"response_length/{name}"] = float(np.mean([len(r.tokens) for r in rollouts]))
         row[f"truncated/{name}"] = float(np.mean([r.finish_reason == "length" for r in rollouts]))
-        row[f"best_of_k/{name}"] = metrics.best_of_k(rewards[mode])
-        row[f"distinct_correct/{name}"] = metrics.distinct_correct(answers[mode], correct[mode])
-    both = [[*first, *second] for first, second in zip(*answers, strict=True)]
-    row["best_of_k/both"] = metrics.best_of_k(np.concatenate(rewards, axis=1))
-    row["distinct_correct/both"] = metrics.distinct_correct(both, np.concatenate(correct, axis=1))
-    row["only_high_entropy_solved"] = metrics.only_second_solved(*correct)
+        row[f"best_of_k/{name}"] = metrics.best_of_k(rewards[part])
+        row[f"distinct_correct/{name}"] = metrics.distinct_correct(answers[part], correct[part])
+    row["only_high_entropy_solved"] = metrics.only_second_solved(correct[NORMAL], correct[HIGH_ENTROPY])
     row["grader/failed"] = sum(grade.score is None for group in groups for grade in group.grades)
     return row
 
 
 def pass_metrics(groups: Sequence[Group], k: int) -> Row_:
-    """pass@1, 2, 4, … up to k and maj@k, per mode and with both modes sharing the k samples."""
+    """pass@1, 2, 4, … and k, and maj@k: per mode, and with half of the samples from each mode.
+
+    `both` has only even sizes.
+    """
     correct = [_correct(rewards_of(groups, mode)) for mode in (NORMAL, HIGH_ENTROPY)]
     answers = [_answers(groups, mode) for mode in (NORMAL, HIGH_ENTROPY)]
     row: Row_ = {}
     for mode, name in enumerate(MODE_NAMES):
         row[f"maj@{k}/{name}"] = metrics.majority_at_k(answers[mode], correct[mode])
-        for size in _powers_of_two(k):
+        for size in _sizes(k):
             row[f"pass@{size}/{name}"] = metrics.pass_at_k(correct[mode], size)
-    for size in _powers_of_two(k)[1:]:
-        row[f"pass@{size}/both"] = metrics.pass_at_k_split(correct[NORMAL], correct[HIGH_ENTROPY], size)
-    # As many votes as one mode has, half of them from each.
-    half = k // 2
-    both = [[*first[:half], *second[:half]] for first, second in zip(*answers, strict=True)]
-    if half:
+    for size in _sizes(k):
+        if size % 2 == 0:
+            row[f"pass@{size}/both"] = metrics.pass_at_k_split(correct[NORMAL], correct[HIGH_ENTROPY], size)
+    if k % 2 == 0:
+        # As many votes as one mode has.
+        half = k // 2
+        both = [[*first[:half], *second[:half]] for first, second in zip(*answers, strict=True)]
         row[f"maj@{k}/both"] = metrics.majority_at_k(both, np.concatenate([part[:, :half] for part in correct], axis=1))
     return row
 
 
-def _powers_of_two(k: int) -> list[int]:
-    return [size for size in (2**power for power in range(k.bit_length())) if size <= k]
+def _sizes(k: int) -> list[int]:
+    """The powers of two below k, and k."""
+    return [*(2**power for power in range(k.bit_length()) if 2**power < k), k]
 
 
 def distribution_metrics(groups: Sequence[Group], scores: Sequence[GroupScores]) -> Row_:
     """Exact entropies and inter-mode KL, means over tokens: each mode on its own rollouts (nats, and bits)."""
     row: Row_ = {}
     kl_names = {NORMAL: "kl/normal_to_high_entropy", HIGH_ENTROPY: "kl/high_entropy_to_normal"}
-    for mode, name in enumerate(MODE_NAMES):
+    entropies = []
+    for mode in (NORMAL, HIGH_ENTROPY):
         entropy, kl = [], []
         for group, score in zip(groups, scores, strict=True):
             own = _own_tokens(group, mode, score.entropy.shape[-1])
             entropy.append(score.entropy[mode][own])
             kl.append(score.kl[mode][own])
-        row[f"entropy/{name}"] = float(np.concatenate(entropy).mean(dtype=np.float64))
-        row[f"entropy_bits/{name}"] = row[f"entropy/{name}"] / float(np.log(2))
+        entropies.append(np.concatenate(entropy))
         row[kl_names[mode]] = float(np.concatenate(kl).mean(dtype=np.float64))
+    for name, values in zip((*MODE_NAMES, "both"), (*entropies, np.concatenate(entropies)), strict=True):
+        row[f"entropy/{name}"] = float(values.mean(dtype=np.float64))
+        row[f"entropy_bits/{name}"] = row[f"entropy/{name}"] / float(np.log(2))
     return row
 
 
@@ -204,6 +231,7 @@ def sample_rows(groups: Sequence[Group], scores: Sequence[GroupScores] | None = 
                     "index": counts[mode],
                     "text": group.texts[index],
                     "reward": group.grades[index].score,
+                    "grader_error": group.grades[index].error,
                     "finish_reason": rollout.finish_reason,
                     "entropy": None if own is None else float(own.mean()),
                 }

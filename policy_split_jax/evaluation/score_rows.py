@@ -8,9 +8,10 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+from policy_split_jax.data.formats import question_of
 from policy_split_jax.errors import UserError
 from policy_split_jax.model import qwen3
-from policy_split_jax.modes import HIGH_ENTROPY, NORMAL, render_both
+from policy_split_jax.modes import HIGH_ENTROPY, NORMAL, encode_plain, render_both
 from policy_split_jax.objective.scorer import TokenScores, score_rollouts
 from policy_split_jax.padding import bucket, lengths, pad_left, pad_right
 from policy_split_jax.policy import Policy
@@ -27,12 +28,15 @@ def score_answers(
     temperature: float,
     dtype: DTypeLike,
 ) -> Iterator[Record]:
-    """Rows with `question` and `response` (or `response_tokens`): scored after both modes' prompts.
+    """Rows with `question` and `response` or `response_tokens`, or as `policy-split sample` writes them.
+
+    Each answer is scored after both modes' prompts.
 
     The output adds, per mode, logprobs and entropies of each token, and the KL between the modes at each
     token, both ways (nats).
     """
-    prompts = [render_both(policy.tokenizer, _question(place, record), policy.prompts) for place, record in records]
+    questions = [question_of(place, record) for place, record in records]
+    prompts = render_both(policy.tokenizer, questions, policy.prompts)
     responses = [_response(policy, place, record) for place, record in records]
     for (_, record), tokens, scores in _scored(
         params, policy, records, prompts, responses, temperature, dtype, with_kl=True
@@ -108,20 +112,15 @@ def _of_context(scores: TokenScores, context: int) -> Record:
     }
 
 
-def _question(place: str, record: Record) -> str:
-    question = record.get("question")
-    if not isinstance(question, str) or not question.strip():
-        raise UserError(f"{place}: question must be a text; rows of token ids are scored with --prompt-tokens")
-    return question
-
-
 def _response(policy: Policy, place: str, record: Record) -> list[int]:
-    if "response_tokens" in record:
-        return _tokens(policy, place, record, "response_tokens")
-    response = record.get("response")
+    """A row's answer; `tokens` and `text` are what `policy-split sample` calls them."""
+    for column in ("response_tokens", "tokens"):
+        if column in record:
+            return _tokens(policy, place, record, column)
+    response = record.get("response", record.get("text"))
     if not isinstance(response, str) or not response:
         raise UserError(f"{place}: response must be a text (or give response_tokens)")
-    return list(policy.tokenizer(response, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    return encode_plain(policy.tokenizer, [response])[0]
 
 
 def _tokens(policy: Policy, place: str, record: Record, column: str) -> list[int]:

@@ -519,6 +519,8 @@ def _write_weights(
         arrays = {tensor.name: _file_array(tensor, leaves[tensor.path], dtype) for tensor in shard}
         # transformers 4 refuses a file without this key.
         save_file(arrays, folder / file, metadata={"format": "pt"})
+        # safetensors makes its files readable by their owner only.
+        shutil.copymode(folder / "config.json", folder / file)
         weight_map.update(dict.fromkeys(arrays, file))
     if len(shards) > 1:
         total = sum(math.prod(tensor.shape) for tensor in tensors) * dtype.itemsize

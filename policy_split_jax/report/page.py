@@ -16,6 +16,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from policy_split_jax.files import whole_file
 from policy_split_jax.modes import MODE_NAMES
 from policy_split_jax.report.charts import Chart, build_charts
 from policy_split_jax.report.runs import Row, Run, number, read_runs
@@ -62,7 +63,8 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
     page = render(read_runs(runs))
     output.parent.mkdir(parents=True, exist_ok=True)
     # Lone surrogates can come out of a tokenizer, and have no UTF-8.
-    output.write_bytes(page.encode("utf-8", errors="replace"))
+    with whole_file(output, errors="replace") as file:
+        file.write(page)
     return output
 
 

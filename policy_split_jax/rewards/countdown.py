@@ -44,10 +44,21 @@ def canonical(response: str, ground_truth: Mapping[str, Any]) -> str | None:
     numbers, target = sorted(ground_truth["numbers"]), ground_truth["target"]
     try:
         node = _parse(_final_expression(response, target))
-        if sorted(_literals(node)) != numbers or _value(node) != target:
-            return None
+        correct = sorted(_literals(node)) == numbers and _value(node) == target
     except ValueError:
         return None
+    return _form(node) if correct else None
+
+
+def answered(response: str, ground_truth: Mapping[str, Any]) -> str | None:
+    """The canonical text of the expression answered, right or wrong; None where there is none."""
+    try:
+        return _form(_parse(_final_expression(response, ground_truth["target"])))
+    except ValueError:
+        return None
+
+
+def _form(node: ast.expr) -> str:
     sign, text = _signed(node)
     return text if sign > 0 else f"-{text}"
 

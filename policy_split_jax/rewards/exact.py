@@ -29,6 +29,11 @@ def canonical(response: str, ground_truth: str | int | float) -> str | None:
     return answer if answer == expected else None
 
 
+def answered(response: str, ground_truth: str | int | float) -> str | None:
+    """The normalised answer, right or wrong; None where there is none."""
+    return _answer(after_think(response)) or None
+
+
 def _answer(text: str) -> str:
     answer = last_boxed(text)
     if answer is None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-from policy_split_jax.rewards import custom
+from policy_split_jax.rewards import custom, exact
 
 BUILT_IN = {
     "countdown": "policy_split_jax.rewards.countdown",
@@ -28,11 +28,12 @@ class GradeItem:
 class Grade:
     """The score, or the error that explains in one line why there is none.
 
-    `canonical` names a correct solution: equal for equal solutions, None for custom rewards.
+    `answer` is what was answered, right or wrong, for votes and for counting solutions: equal for equal
+    answers, None where the response holds none.
     """
 
     score: float | None
-    canonical: str | None = None
+    answer: str | None = None
     error: str | None = None
 
 
@@ -43,17 +44,19 @@ def load_grader(reward: str) -> Callable[[GradeItem], Grade]:
         UserError: a custom reward that does not load.
     """
     if reward in BUILT_IN:
-        return _built_in(import_module(BUILT_IN[reward]).canonical)
+        return _built_in(import_module(BUILT_IN[reward]))
     return _custom(*custom.load(reward))
 
 
-def _built_in(canonical: Callable[[str, Any], str | None]) -> Callable[[GradeItem], Grade]:
+def _built_in(reward: Any) -> Callable[[GradeItem], Grade]:
+    """`reward` is a module with `canonical`, the form of a right answer, and `answered`, that of any."""
+
     def grade(item: GradeItem) -> Grade:
         try:
-            form = canonical(item.response, item.ground_truth)
+            right = reward.canonical(item.response, item.ground_truth)
+            return Grade(float(right is not None), right or reward.answered(item.response, item.ground_truth))
         except Exception as error:
             return Grade(None, error=custom.describe(error))
-        return Grade(float(form is not None), form)
 
     return grade
 
@@ -66,7 +69,7 @@ def _custom(function: Callable[..., Any], source: str) -> Callable[[GradeItem], 
         except (Exception, SystemExit) as error:
             return Grade(None, error=custom.describe(error, source))
         try:
-            return Grade(custom.checked_score(result))
+            return Grade(custom.checked_score(result), exact.answered(item.response, ""))
         except ValueError as error:
             return Grade(None, error=f"{error} ({source})")
 

@@ -39,6 +39,11 @@ def canonical(response: str, ground_truth: str | int | float) -> str | None:
     return expected if correct else None
 
 
+def answered(response: str, ground_truth: str | int | float) -> str | None:
+    """The answer as it is written, right or wrong; None where there is none."""
+    return _answer(after_think(response)) or None
+
+
 def _answer(text: str) -> str | None:
     boxed = last_boxed(text)
     return after_hashes(text) if boxed is None else boxed

@@ -1,4 +1,7 @@
-"""Checkpoints with Orbax: the whole train state, the data iterator's position and the run's settings."""
+"""Checkpoints with Orbax: the whole train state and the data iterator's position.
+
+The run's settings lie beside them, in config.yaml.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +11,7 @@ import orbax.checkpoint as ocp
 
 from policy_split_jax.errors import UserError
 from policy_split_jax.model.qwen3 import Params, Qwen3Config, abstract_params
+from policy_split_jax.policy import Policy, load_policy, model_folder
 from policy_split_jax.training.state import TrainState
 
 FORMAT = 1
@@ -21,10 +25,6 @@ class Checkpoints:
         self._folder = folder
         self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
 
-    def latest(self) -> int | None:
-        """The last step saved whole; None where there is none."""
-        return self._manager.latest_step()
-
     def save(self, step: int, state: TrainState, extra: dict[str, Any]) -> None:
         """Copies the state and returns; it is written while training goes on."""
         self._manager.save(
@@ -36,18 +36,18 @@ class Checkpoints:
         )
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The last checkpoint; `like` gives shapes, types and shardings.
+        """The last checkpoint; `like` gives shapes and types, and may be abstract (`jax.eval_shape`).
 
         Raises UserError where there is none or it belongs to another model.
         """
         step = self._manager.latest_step()
         if step is None:
             raise UserError(f"{self._folder}: no checkpoint there")
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _storable(like))
+        wanted = _on_this_device(jax.eval_shape(_storable, like))
         try:
             found = self._manager.restore(
                 step,
-                args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), extra=ocp.args.JsonRestore()),
+                args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted), extra=ocp.args.JsonRestore()),
             )
         except (ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
@@ -72,23 +72,36 @@ def _storable(state: TrainState) -> dict[str, Any]:
     return state._replace(key=jax.random.key_data(state.key))._asdict()
 
 
+def _on_this_device(tree: Any) -> Any:
+    """Where each array goes is said here, not read from the file: the checkpoint may come from other devices."""
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree)
+
+
+def latest_step(folder: Path) -> int | None:
+    """The last step saved whole in `folder`; None where there is none, or no folder. Changes nothing."""
+    if not folder.is_dir():
+        return None
+    with ocp.CheckpointManager(folder.resolve(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        return manager.latest_step()
+
+
+def load_run(run: Path) -> tuple[Policy, Params]:
+    """The model of a run's last checkpoint, with the prompts that it was trained with."""
+    if not run.is_dir():
+        raise UserError(f"{run}: no such folder; --checkpoint names a run's folder, such as runs/tiny")
+    policy = load_policy(model_folder(str(run / "model")))
+    return policy, load_checkpoint_params(run / "checkpoints", policy.config)
+
+
 def load_checkpoint_params(folder: Path, config: Qwen3Config) -> Params:
     """Only the parameters of the last checkpoint in `folder`; the optimizer is not read."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; --checkpoint names a run's folder, such as runs/tiny")
-    manager = ocp.CheckpointManager(folder.resolve(), options=ocp.CheckpointManagerOptions(read_only=True))
-    step = manager.latest_step()
+    step = latest_step(folder)
     if step is None:
         raise UserError(f"{folder}: no checkpoint there yet")
-    # Where each array goes is said here, not read from the file: the checkpoint may come from other devices.
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    wanted = {
-        "params": jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract_params(config)
-        )
-    }
+    wanted = {"params": _on_this_device(abstract_params(config))}
     places = ocp.checkpoint_utils.construct_restore_args(wanted)
-    with manager:
+    with ocp.CheckpointManager(folder.resolve(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
         found = manager.restore(
             step,
             args=ocp.args.Composite(

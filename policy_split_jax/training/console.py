@@ -1,7 +1,7 @@
 """What a run shows while it goes: a progress bar, one line a step, a table at the end."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from policy_split_jax.rollouts import Group
 from policy_split_jax.rollouts import Progress as Report
 
 _TABLE = (
@@ -78,6 +79,12 @@ class RunDisplay:
             f"length {row['response_length/normal']:.1f} {row['response_length/high_entropy']:.1f}  "
             f"{row['time/step']:.1f} s"
         )
+
+    def grader_errors(self, groups: Sequence[Group]) -> None:
+        """Says how many rollouts have no grade, and why the first has none."""
+        errors = [grade.error for group in groups for grade in group.grades if grade.score is None]
+        if errors:
+            self.say(f"no grade for {len(errors)} rollouts, which count nowhere; the first: {errors[0]}")
 
     def evaluation(self, step: int, row: Mapping[str, Any]) -> None:
         self.say(

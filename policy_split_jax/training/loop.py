@@ -3,7 +3,8 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,18 @@ from policy_split_jax.config import RunConfig
 from policy_split_jax.data.dataset import load_rows, make_iterator, restore_state, state_to_json
 from policy_split_jax.data.formats import Row
 from policy_split_jax.errors import UserError
-from policy_split_jax.evaluation.evaluate import (
-    Scorer,
-    evaluate,
-    make_scorer,
-    outcome_metrics,
-    sample_rows,
-)
+from policy_split_jax.evaluation.evaluate import Scorer, evaluate, make_scorer, outcome_metrics, sample_rows
+from policy_split_jax.files import whole_file, write_json
 from policy_split_jax.model import qwen3
-from policy_split_jax.policy import Policy, copy_policy_files
+from policy_split_jax.policy import Policy, copy_policy_files, load_model, load_policy
 from policy_split_jax.report.page import write_report
 from policy_split_jax.rewards import GraderPool
-from policy_split_jax.rollouts import Group, grade_groups, sample_groups, step_key
+from policy_split_jax.rollouts import Group, grade_groups, render_prompts, sample_groups, step_key
 from policy_split_jax.sampler.rollout import Sampler, Sampling
-from policy_split_jax.training.checkpoint import Checkpoints
+from policy_split_jax.training.checkpoint import Checkpoints, latest_step, load_run
 from policy_split_jax.training.collate import make_batch
 from policy_split_jax.training.console import RunDisplay
-from policy_split_jax.training.metrics_log import MetricsLog, write_json
+from policy_split_jax.training.metrics_log import MetricsLog
 from policy_split_jax.training.optimizer import make_optimizer, make_schedule
 from policy_split_jax.training.state import TrainState, init_state
 from policy_split_jax.training.update import Update, UpdateConfig, make_update
@@ -89,6 +85,7 @@ class Trainer:
         self.log.row("train", step, row)
         self.log.samples("train", step, sample_rows(groups[: self.config.train.sample_questions]))
         self.display.step(step, row)
+        self.display.grader_errors(groups)
 
     def evaluate(self, step: int) -> None:
         """Both modes on the test questions."""
@@ -164,37 +161,41 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def train(config: RunConfig, policy: Policy, params: qwen3.Params, *, must_resume: bool = False) -> Path:
+def train(config: RunConfig, *, must_resume: bool = False) -> Path:
     """Runs or resumes the training that `config` describes; returns the run's folder.
 
-    Raises UserError when the folder holds a run of other settings, or `must_resume` and there is nothing to
-    resume.
+    Everything that can be wrong with the settings, the data or the model is found before anything is written.
+    Raises UserError for those, when the folder holds a run of other settings, and when `must_resume` and there
+    is nothing to resume.
     """
     folder = config.folder
-    _prepare_folder(config, policy)
+    started_at = latest_step(folder / "checkpoints") or 0
+    _check_folder(config, started_at, must_resume)
+    policy, params = _source(config, started_at)
     train_rows, test_rows = _rows(config)
-    optimizer = make_optimizer(config.optimizer)
-    state = init_state(params, optimizer, config.train.seed, float(config.advantage.eta))
+    render_prompts(policy, [*train_rows, *test_rows], config.rollout.max_prompt_tokens)
     iterator = make_iterator(train_rows, batch_size=config.rollout.questions_per_step, seed=config.train.seed)
+    optimizer = make_optimizer(config.optimizer)
+    start = partial(init_state, optimizer=optimizer, seed=config.train.seed, eta=float(config.advantage.eta))
     reward = config.reward
-    with (
-        Checkpoints(folder / "checkpoints", config.train.keep_checkpoints) as checkpoints,
-        GraderPool(reward.grader, reward.workers, reward.time_limit, reward.memory_limit_mb) as pool,
-    ):
-        started_at = checkpoints.latest() or 0
-        if started_at:
-            state, extra = checkpoints.restore(state)
-            restore_state(iterator, extra["data"])
-        elif must_resume:
-            raise UserError(f"{folder}: no checkpoint to resume from; leave --resume out to start the run")
-        log = MetricsLog(
-            folder,
-            config.name,
-            last_step=started_at or -1,
-            tensorboard=config.train.tensorboard,
-            wandb=config.train.wandb,
-        )
-        with RunDisplay(config.train.steps, started_at) as display, log:
+    with GraderPool(reward.grader, reward.workers, reward.time_limit, reward.memory_limit_mb) as pool:
+        _make_folder(config, policy, started_at)
+        with (
+            Checkpoints(folder / "checkpoints", config.train.keep_checkpoints) as checkpoints,
+            MetricsLog(
+                folder,
+                config.name,
+                last_step=started_at or -1,
+                tensorboard=config.train.tensorboard,
+                wandb=config.train.wandb,
+            ) as log,
+            RunDisplay(config.train.steps, started_at) as display,
+        ):
+            if started_at:
+                state, extra = checkpoints.restore(jax.eval_shape(start, params))
+                restore_state(iterator, extra["data"])
+            else:
+                state = start(params)
             _announce(display, config, policy, started_at, len(train_rows), len(test_rows))
             trainer = Trainer(
                 config=config,
@@ -211,8 +212,20 @@ def train(config: RunConfig, policy: Policy, params: qwen3.Params, *, must_resum
                 display=display,
             )
             trainer.run(started_at)
-        _finish(folder, display)
+    _finish(folder, display)
     return folder
+
+
+def _source(config: RunConfig, started_at: int) -> tuple[Policy, qwen3.Params]:
+    """What the run starts from; of a run that goes on only the shapes, since its weights are in its checkpoint."""
+    if started_at:
+        policy = load_policy(config.folder / "model")
+        return policy, qwen3.abstract_params(policy.config)
+    if config.model.checkpoint:
+        policy, params = load_run(Path(config.model.checkpoint))
+    else:
+        policy, params = load_model(config.model.path)
+    return replace(policy, prompts=settings.mode_prompts(config.prompt)), params
 
 
 def update_config(config: RunConfig) -> UpdateConfig:
@@ -264,23 +277,41 @@ def _rows(config: RunConfig) -> tuple[list[Row], list[Row]]:
     return train_rows, test_rows[: config.eval.questions or None]
 
 
-def _prepare_folder(config: RunConfig, policy: Policy) -> None:
-    """Makes the run's folder, or checks that the one there is of this run."""
-    path = config.folder / "config.yaml"
-    resolved = settings.to_dict(config)
-    if path.is_file():
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        changed = [key for key in settings.known_keys(RunConfig) if _get(found, key) != _get(resolved, key)]
-        changed = [key for key in changed if key not in _FREE]
-        if changed:
-            raise UserError(
-                f"{path}: this run was started with another {', '.join(changed[:3])}; "
-                "choose another name (name=...) or remove the folder"
-            )
-    elif config.folder.exists() and any(config.folder.iterdir()):
-        raise UserError(f"{config.folder}: not empty and not a run's folder; choose another name (name=...)")
-    copy_policy_files(policy, config.folder / "model")
-    path.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
+def _check_folder(config: RunConfig, started_at: int, must_resume: bool) -> None:
+    """Raises UserError unless the run's folder is new, or of this run; changes nothing.
+
+    A run that never reached a checkpoint starts afresh, and may do so with other settings.
+    """
+    folder, path = config.folder, config.folder / "config.yaml"
+    if must_resume and not started_at:
+        raise UserError(f"{folder}: no checkpoint to resume from; leave --resume out to start the run")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: not a folder; choose another name (name=...)")
+    if not path.is_file():
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder}: not empty and not a run's folder; choose another name (name=...)")
+        return
+    found, wanted = settings.read_tree(path), settings.to_dict(config)
+    changed = [key for key in settings.known_keys(RunConfig) if _get(found, key) != _get(wanted, key)]
+    changed = [key for key in changed if key not in _FREE]
+    if started_at and changed:
+        raise UserError(
+            f"{path}: this run was started with another {', '.join(changed[:3])}; "
+            "choose another name (name=...) or remove the folder"
+        )
+
+
+def _make_folder(config: RunConfig, policy: Policy, started_at: int) -> None:
+    """Writes what a run's folder begins with: config.yaml first, which marks the folder as a run's."""
+    folder = config.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(folder / "config.yaml") as file:
+        yaml.safe_dump(settings.to_dict(config), file, sort_keys=False, allow_unicode=True)
+    if not started_at:
+        copy_policy_files(policy, folder / "model")
+    if started_at < config.train.steps:
+        # It would say that the run is over.
+        (folder / "summary.json").unlink(missing_ok=True)
 
 
 def _get(tree: Any, key: str) -> Any:
@@ -308,7 +339,7 @@ def _announce(
 
 def _finish(folder: Path, display: RunDisplay) -> None:
     """The table, summary.json and the report."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
     evaluations = [row for row in rows if row["kind"] == "eval"]
     steps = [row for row in rows if row["kind"] == "train"]
     start, end = evaluations[0], evaluations[-1]

@@ -3,11 +3,13 @@
 import json
 import math
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 from policy_split_jax.errors import UserError
+from policy_split_jax.files import whole_file
 
 
 class _Sink(Protocol):
@@ -26,6 +28,9 @@ class MetricsLog:
 
     def __init__(self, folder: Path, name: str, *, last_step: int, tensorboard: bool, wandb: bool):
         """`last_step` is the step that the run goes on from; later rows are dropped, all of them when −1."""
+        for switch, wanted, package in (("tensorboard", tensorboard, "tensorboardX"), ("wandb", wandb, "wandb")):
+            if wanted and not _installed(package):
+                raise UserError(f"train.{switch} needs {package}: pip install 'policy-split-jax[{switch}]'")
         self._metrics = folder / "metrics.jsonl"
         self._samples = folder / "samples.jsonl"
         for path in (self._metrics, self._samples):
@@ -57,13 +62,6 @@ class MetricsLog:
         _append(self._samples, [{"step": step, "kind": kind, **row} for row in rows])
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes a whole file or none of it."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
 def plain_row(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values as JSON has them: what is not finite becomes null."""
     return {key: _plain(value) for key, value in values.items()}
@@ -85,28 +83,35 @@ def _keep_until(path: Path, last_step: int) -> None:
     """Drops the rows after `last_step`, and a last line that was cut off."""
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    with whole_file(path) as file:
+        # Split as they were written: a text may hold other line breaks, and a cut may fall inside a character.
+        for line in path.read_bytes().split(b"\n"):
+            if _step_of(line) <= last_step:
+                file.write(line.decode() + "\n")
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a row; infinite for a line that is none."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _installed(package: str) -> bool:
+    try:
+        import_module(package)
+    except ImportError:
+        return False
+    return True
 
 
 class _TensorBoard:
     """Scalars in the run's folder `tensorboard`."""
 
     def __init__(self, folder: Path):
-        try:
-            from tensorboardX import SummaryWriter  # type: ignore[import-not-found]
-        except ImportError:
-            raise UserError(
-                "train.tensorboard needs tensorboardX: pip install 'policy-split-jax[tensorboard]'"
-            ) from None
+        from tensorboardX import SummaryWriter  # type: ignore[import-not-found]
+
         self._writer = SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
 
     def write(self, kind: str, step: int, row: Mapping[str, Any]) -> None:
@@ -121,10 +126,8 @@ class _Wandb:
     """A run of the project policy-split-jax, gone on with when the run is resumed."""
 
     def __init__(self, folder: Path, name: str):
-        try:
-            import wandb  # type: ignore[import-not-found]
-        except ImportError:
-            raise UserError("train.wandb needs wandb: pip install 'policy-split-jax[wandb]'") from None
+        import wandb  # type: ignore[import-not-found]
+
         self._run = wandb.init(project="policy-split-jax", name=name, dir=str(folder), resume="allow", id=name)
 
     def write(self, kind: str, step: int, row: Mapping[str, Any]) -> None:
@@ -135,4 +138,4 @@ class _Wandb:
 
 
 def _scalars(row: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
-    return ((key, value) for key, value in row.items() if isinstance(value, float))
+    return ((key, value) for key, value in row.items() if isinstance(value, int | float) and key != "step")

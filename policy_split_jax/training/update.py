@@ -159,7 +159,10 @@ def make_update(model: qwen3.Qwen3Config, config: UpdateConfig, optimizer: optax
             metrics = jax.tree.map(jnp.mean, history)
             metrics["sampler/max_difference"] = jnp.max(history["sampler/max_difference"])
         metrics["eta"] = state.eta.eta
-        eta = next_eta(state.eta, metrics["kl/high_entropy_to_normal"], config.eta)
+        # Where no high-entropy rollout was graded, nothing was measured.
+        measured = jnp.any(token_mask(batch) & (batch.modes == HIGH_ENTROPY)[..., None])
+        moved = next_eta(state.eta, metrics["kl/high_entropy_to_normal"], config.eta)
+        eta = jax.tree.map(partial(jnp.where, measured), moved, state.eta)
         return state._replace(step=state.step + 1, eta=eta), metrics
 
     return update

@@ -23,6 +23,7 @@ from policy_split_jax.data.dataset import load_rows
 from policy_split_jax.data.tiny_tokenizer import build_tiny_tokenizer
 from policy_split_jax.errors import UserError
 from policy_split_jax.evaluation.evaluate import evaluate, make_scorer
+from policy_split_jax.files import write_json
 from policy_split_jax.model import huggingface, qwen3
 from policy_split_jax.modes import ModePrompts, render_both
 from policy_split_jax.padding import lengths, pad_left, pad_right
@@ -30,7 +31,6 @@ from policy_split_jax.policy import load_policy, write_prompts
 from policy_split_jax.rewards import GraderPool
 from policy_split_jax.sampler.rollout import Sampler, Sampling
 from policy_split_jax.training.console import RunDisplay, evaluation_table
-from policy_split_jax.training.metrics_log import write_json
 from policy_split_jax.training.optimizer import make_optimizer
 from policy_split_jax.training.sft import SftBatch, SftState, make_sft_update
 
@@ -96,13 +96,15 @@ def _lessons(config: SftConfig, tokenizer: Any, prompts: ModePrompts) -> list[Le
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"]) + end
 
+    rendered = render_both(tokenizer, [countdown.render(puzzle) for puzzle in puzzles], prompts)
+    wrong = _WRONG_ANSWERS if config.train.wrong_fraction else 0
     return [
         Lesson(
-            render_both(tokenizer, countdown.render(puzzle), prompts),
+            both,
             [encode(answer) for answer in countdown.solutions(puzzle.numbers, puzzle.target)],
-            [encode(answer) for answer in _wrong_answers(puzzle, _WRONG_ANSWERS)],
+            [encode(answer) for answer in _wrong_answers(puzzle, wrong)],
         )
-        for puzzle in puzzles
+        for both, puzzle in zip(rendered, puzzles, strict=True)
     ]
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy_split_jax.rewards.countdown import MAX_DEPTH, MAX_LENGTH, canonical, evaluate, score
+from policy_split_jax.rewards.countdown import MAX_DEPTH, MAX_LENGTH, answered, canonical, evaluate, score
 
 TRUTH = {"numbers": [3, 4, 5], "target": 17}
 
@@ -184,6 +184,12 @@ def test_the_form_of_a_wrong_answer_is_none():
     assert canonical("3*4+5", TRUTH) == "(3*4+5)"
     assert canonical("3*5+4", TRUTH) is None
     assert canonical("no", TRUTH) is None
+
+
+def test_what_was_answered_is_the_same_for_equal_wrong_answers():
+    assert answered("3*5+4", TRUTH) == answered("so: \n4 + 5*3", TRUTH) == "(3*5+4)"
+    assert answered("3*4+5", TRUTH) == canonical("3*4+5", TRUTH)
+    assert answered("no", TRUTH) is answered("", TRUTH) is None
 
 
 def test_a_broken_ground_truth_is_an_error_and_not_a_zero():

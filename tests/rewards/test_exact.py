@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy_split_jax.rewards.exact import canonical, score
+from policy_split_jax.rewards.exact import answered, canonical, score
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,8 @@ def test_canonical_forms():
     assert canonical("18.50", "$18.5") == "18.5" == canonical("18.5", "18.5")
     assert canonical("Paris", "Paris") == "Paris"
     assert canonical("Rome", "Paris") is None
+    assert answered("so\n#### 18.0", "19") == answered(r"\boxed{$18}", "19") == "18"
+    assert answered("<think>18</think>", "18") is None
 
 
 def test_an_empty_ground_truth_is_an_error():

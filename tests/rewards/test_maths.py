@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from policy_split_jax.rewards.maths import canonical, score
+from policy_split_jax.rewards.maths import answered, canonical, score
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,8 @@ def test_other_answers_score_zero(response: str, truth: object):
 def test_all_correct_answers_have_one_form():
     assert canonical(r"\boxed{0.5}", r"\frac12") == canonical(r"\boxed{1/2}", r"\frac12") == r"\frac12"
     assert canonical(r"\boxed{2}", r"\frac12") is None
+    assert answered(r"so \boxed{2}", r"\frac12") == "2"
+    assert answered("no idea", r"\frac12") is None
 
 
 def test_an_empty_ground_truth_is_an_error_and_not_a_zero():

@@ -87,8 +87,8 @@ def test_failures_have_no_score_and_neighbours_keep_theirs(reward: str):
         grades = pool.grade(items(*responses))
     for index, (name, pattern) in enumerate(bad.items()):
         before, failed, after = grades[3 * index : 3 * index + 3]
-        assert before == Grade(float(index))
-        assert after == Grade(index + 0.5)
+        assert before == Grade(float(index), str(index))
+        assert after == Grade(index + 0.5, str(index + 0.5))
         assert failed.score is None, name
         assert re.search(pattern, failed.error or ""), (name, failed.error)
         assert "\n" not in (failed.error or "")
@@ -103,13 +103,13 @@ def test_a_hanging_answer_is_killed_at_its_limit_and_delays_no_other(reward: str
         assert grades[1].error == grades[4].error == "no result within 1 s"
         # The two hang side by side: 1 s, then a worker starts for what is left (8 s allow for a busy one).
         assert 1.0 <= took < 9.0
-        assert pool.grade(items("5", "6")) == [Grade(5.0), Grade(6.0)]
+        assert pool.grade(items("5", "6")) == [Grade(5.0, "5"), Grade(6.0, "6")]
 
 
 def test_idle_time_does_not_count_against_the_next_answer(reward: str):
     with GraderPool(reward, workers=1, time_limit=2.0) as pool:
         time.sleep(2.1)
-        assert pool.grade(items("1")) == [Grade(1.0)]
+        assert pool.grade(items("1")) == [Grade(1.0, "1")]
 
 
 def test_a_killed_worker_takes_its_children_along(reward: str, tmp_path: Path):
@@ -132,10 +132,10 @@ def test_workers_are_light_and_get_all_arguments(reward: str):
     with GraderPool(reward, workers=1) as pool:
         full = GradeItem("arguments", {"a": [1]}, "where", {"b": None})
         assert pool.grade([*items("modules", "dict", "interrupt"), full]) == [
-            Grade(0.0),
-            Grade(0.75),
-            Grade(1.0),
-            Grade(1.0),
+            Grade(0.0, "modules"),
+            Grade(0.75, "dict"),
+            Grade(1.0, "interrupt"),
+            Grade(1.0, "arguments"),
         ]
 
 
@@ -145,7 +145,7 @@ def test_a_worker_that_dies_while_idle_costs_no_answer(reward: str):
         assert pid is not None
         os.kill(int(pid), signal.SIGKILL)
         assert _gone(int(pid))
-        assert pool.grade(items("1", "2")) == [Grade(1.0), Grade(2.0)]
+        assert pool.grade(items("1", "2")) == [Grade(1.0, "1"), Grade(2.0, "2")]
 
 
 def test_what_is_not_json_fails_alone(reward: str):
@@ -153,7 +153,7 @@ def test_what_is_not_json_fails_alone(reward: str):
         grades = pool.grade([GradeItem("1", {1, 2}), GradeItem("2", None)])
     assert grades[0].score is None
     assert "must be JSON" in (grades[0].error or "")
-    assert grades[1] == Grade(2.0)
+    assert grades[1] == Grade(2.0, "2")
 
 
 def test_workers_end_with_the_pool_and_with_the_parent(reward: str):
@@ -233,11 +233,11 @@ def test_countdown_and_exact_are_graded_without_processes():
         )
         assert pool._workers == []
     assert grades[0] == grades[3] == Grade(1.0, "(1+2)")
-    assert grades[1] == Grade(0.0)
+    assert grades[1] == Grade(0.0, "-(1-2)")  # a wrong answer has a vote too
     assert grades[2].score is None
     assert "KeyError" in (grades[2].error or "")
     with GraderPool("exact") as pool:
-        assert pool.grade([GradeItem("a", "a"), GradeItem("b", "a")]) == [Grade(1.0, "a"), Grade(0.0)]
+        assert pool.grade([GradeItem("a", "a"), GradeItem("b", "a")]) == [Grade(1.0, "a"), Grade(0.0, "b")]
 
 
 def test_math_is_graded_in_workers_and_a_bomb_is_stopped():
@@ -252,7 +252,7 @@ def test_math_is_graded_in_workers_and_a_bomb_is_stopped():
             ]
         )
     assert grades[0] == Grade(1.0, r"\frac{1}{2}")
-    assert grades[1] == Grade(0.0)
+    assert grades[1] == Grade(0.0, "2")
     assert grades[2].score is None
     assert "no mathematical answer" in (grades[2].error or "")
     assert grades[3] == Grade(None, error="no result within 2 s")

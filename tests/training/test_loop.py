@@ -1,6 +1,7 @@
 """Whole runs of a few steps on the embedded model."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +11,12 @@ import pytest
 import yaml
 
 from policy_split_jax import config as settings
-from policy_split_jax.config import LossConfig, RunConfig
+from policy_split_jax.cli import main
+from policy_split_jax.config import LossConfig, ModelConfig, RewardConfig, RunConfig
 from policy_split_jax.errors import UserError
-from policy_split_jax.model import huggingface
-from policy_split_jax.policy import load_policy, model_folder
+from policy_split_jax.policy import load_policy
 from policy_split_jax.training.checkpoint import load_checkpoint_params
-from policy_split_jax.training.loop import train, update_config
+from policy_split_jax.training.loop import Trainer, train, update_config
 
 # Third-party code of the checkpoint library warns about its own deprecations.
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -43,11 +44,6 @@ def small_run(folder: Path, **train_settings) -> RunConfig:
     return settings.from_dict(RunConfig, tree, "test")
 
 
-def run(config: RunConfig, **options) -> Path:
-    policy = load_policy(model_folder(config.model.path), settings.mode_prompts(config.prompt))
-    return train(config, policy, huggingface.load_params(policy.folder, policy.config), **options)
-
-
 def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
     """A run's rows without what a clock says."""
     found = [json.loads(line) for line in (folder / name).read_text().splitlines()]
@@ -61,10 +57,10 @@ def last_params(config: RunConfig) -> list[np.ndarray]:
 
 def test_two_steps_and_two_more_are_four_bit_for_bit(tmp_path):
     whole = small_run(tmp_path / "whole")
-    run(whole)
-    run(small_run(tmp_path / "cut", steps=2))
+    train(whole)
+    train(small_run(tmp_path / "cut", steps=2))
     cut = small_run(tmp_path / "cut")
-    run(cut, must_resume=True)
+    train(cut, must_resume=True)
 
     # The shorter run evaluated after its last step too; everything else is the same to the last bit.
     kept = [row for row in rows(cut.folder) if (row["kind"], row["step"]) != ("eval", 2)]
@@ -79,7 +75,7 @@ def test_two_steps_and_two_more_are_four_bit_for_bit(tmp_path):
 
 def test_a_run_leaves_what_the_documentation_says(tmp_path):
     config = small_run(tmp_path, steps=1)
-    folder = run(config)
+    folder = train(config)
     assert {path.name for path in folder.iterdir()} == {
         "checkpoints",
         "config.yaml",
@@ -100,34 +96,96 @@ def test_a_run_leaves_what_the_documentation_says(tmp_path):
 
     # Run again: nothing is left to do, and nothing is changed.
     before = (folder / "metrics.jsonl").read_bytes()
-    run(config)
+    train(config)
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
 def test_another_setting_in_the_same_folder_is_refused(tmp_path):
-    run(small_run(tmp_path, steps=1))
+    train(small_run(tmp_path, steps=1))
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match=r"another train\.seed"):
-        run(small_run(tmp_path, steps=1, seed=7))
+        train(small_run(tmp_path, steps=1, seed=7))
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_resume_without_a_checkpoint_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no checkpoint to resume"):
-        run(small_run(tmp_path), must_resume=True)
+def test_a_run_without_a_checkpoint_may_start_again_with_other_settings(tmp_path):
+    config = small_run(tmp_path, steps=1)
+    config.folder.mkdir()
+    first = settings.to_dict(small_run(tmp_path, steps=1, seed=7))
+    (config.folder / "config.yaml").write_text(yaml.safe_dump(first))
+    (config.folder / "metrics.jsonl").write_text('{"kind": "eval", "step": 0}\n')
+    train(config)
+    assert settings.load(RunConfig, config.folder / "config.yaml") == config
+    assert [row["step"] for row in rows(config.folder)] == [0, 1, 1]
+
+
+def test_a_resumed_run_needs_its_own_folder_only(tmp_path):
+    """The model that it began with may be gone, and its own copy of the prompts is what counts."""
+    source = tmp_path / "source"
+    assert main(["export", "--output", str(source)]) == 0
+    config = replace(small_run(tmp_path, steps=1), model=ModelConfig(path=str(source)))
+    train(config)
+    shutil.rmtree(source)
+    before = {path: path.read_bytes() for path in (config.folder / "model").iterdir()}
+    longer = replace(config, train=replace(config.train, steps=2))
+    train(longer, must_resume=True)
+    assert [row["step"] for row in rows(config.folder)] == [0, 1, 1, 2, 2]
+    assert {path: path.read_bytes() for path in (config.folder / "model").iterdir()} == before
+
+
+def test_a_run_may_start_from_another_runs_checkpoint(tmp_path):
+    first = small_run(tmp_path / "first", steps=2)
+    train(first)
+    second = replace(small_run(tmp_path / "second", steps=1), model=ModelConfig(checkpoint=str(first.folder)))
+    train(second)
+    # The same model on the same questions with the evaluation's own seed: the same figures.
+    assert rows(second.folder)[0] == rows(first.folder)[-1] | {"step": 0}
+    with pytest.raises(UserError, match=r"another model\.checkpoint"):
+        train(replace(second, model=ModelConfig()))
+    with pytest.raises(UserError, match=r"another model\.checkpoint"):
+        train(replace(first, model=ModelConfig(checkpoint=str(first.folder))))
+
+
+def test_a_run_that_goes_on_is_not_over(tmp_path, monkeypatch):
+    config = small_run(tmp_path, steps=1)
+    train(config)
+    assert (config.folder / "summary.json").is_file()
+
+    def stop(self, step):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(small_run(tmp_path, steps=2))
+    assert not (config.folder / "summary.json").exists()
+
+
+def test_a_grader_that_fails_is_shown(tmp_path, capsys):
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info):\n    raise ValueError('no luck')\n"
+    )
+    config = replace(small_run(tmp_path, steps=1), reward=RewardConfig(grader=f"{reward}:compute_score", workers=1))
+    train(config)
+    assert f"no grade for 8 rollouts, which count nowhere; the first: ValueError: no luck ({reward}:2)" in (
+        capsys.readouterr().out
+    )
+    step = rows(config.folder)[1]
+    assert (step["grader/failed"], step["reward/normal"]) == (8, None)
+    assert all("no luck" in row["grader_error"] for row in rows(config.folder, "samples.jsonl"))
 
 
 def test_a_strangers_folder_is_left_alone(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="not empty"):
-        run(small_run(tmp_path))
+        train(small_run(tmp_path))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
 def test_seeds_differ(tmp_path):
-    first = run(small_run(tmp_path / "a", steps=1))
-    second = run(small_run(tmp_path / "b", steps=1, seed=1))
+    first = train(small_run(tmp_path / "a", steps=1))
+    second = train(small_run(tmp_path / "b", steps=1, seed=1))
     assert rows(first)[1]["loss"] != rows(second)[1]["loss"]
     assert rows(first)[0] == rows(second)[0]  # the evaluation has a seed of its own
 

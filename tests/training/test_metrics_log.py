@@ -17,7 +17,7 @@ def log_of(folder, *, last_step=-1, tensorboard=False, wandb=False):
 
 
 def written(folder, name="metrics.jsonl"):
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / name).read_bytes().splitlines()]
 
 
 def tensorboard_scalars(folder):
@@ -43,19 +43,24 @@ def test_a_resumed_run_drops_what_lies_after_its_checkpoint(tmp_path):
     for step in (1, 2, 3):
         log.row("train", step, {"loss": float(step)})
         log.samples("train", step, [{"text": str(step)}])
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "train", "st')  # the crash came in the middle of a line
+    log.samples("train", 2, [{"text": "one line\u2028to JSON"}])
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write('{"kind": "träin"'.encode()[:-4])  # the crash came in the middle of a character
     log_of(tmp_path, last_step=2)
     assert [row["step"] for row in written(tmp_path)] == [1, 2]
-    assert [row["text"] for row in written(tmp_path, "samples.jsonl")] == ["1", "2"]
+    assert [row["text"] for row in written(tmp_path, "samples.jsonl")] == ["1", "2", "one line\u2028to JSON"]
 
 
 def test_tensorboard_gets_the_same_figures(tmp_path):
     pytest.importorskip("tensorboardX")
     with log_of(tmp_path, tensorboard=True) as log:
-        log.row("train", 1, {"loss": 0.5, "bad": float("nan")})
+        log.row("train", 1, {"loss": 0.5, "grader/failed": 3, "bad": float("nan")})
         log.row("eval", 2, {"accuracy/normal": 0.25})
-    assert list(tensorboard_scalars(tmp_path)) == [("train/loss", 1, 0.5), ("eval/accuracy/normal", 2, 0.25)]
+    assert list(tensorboard_scalars(tmp_path)) == [
+        ("train/loss", 1, 0.5),
+        ("train/grader/failed", 1, 3.0),
+        ("eval/accuracy/normal", 2, 0.25),
+    ]
 
 
 def test_wandb_gets_the_same_figures(tmp_path, monkeypatch):
@@ -78,5 +83,7 @@ def test_wandb_gets_the_same_figures(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("switch", "module"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
 def test_a_switch_without_its_package_says_what_to_install(switch, module, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
+    log_of(tmp_path).row("train", 1, {"loss": 0.5})
     with pytest.raises(UserError, match=rf"train\.{switch} needs {module}: pip install"):
         log_of(tmp_path, **{switch: True})
+    assert len(written(tmp_path)) == 1  # nothing was dropped before it was refused

@@ -595,6 +595,13 @@ def test_eta_moves_towards_the_target_only_when_asked(bag, model, batches):
         assert float(state.eta.kl) == pytest.approx(measured)
 
 
+def test_eta_stays_where_no_high_entropy_rollout_was_graded(bag, model, batches):
+    batch = batches[0]._replace(graded=batches[0].graded & (batches[0].modes == NORMAL))
+    config = UpdateConfig(eta=EtaConfig("target_kl", target_kl=0.2, smoothing=0.0))
+    state, _ = one_step(bag, batch, config, model, eta=0.3)
+    assert (float(state.eta.eta), float(state.eta.kl)) == (np.float32(0.3), -1.0)  # still nothing measured
+
+
 def test_eta_is_the_states(bag, model, batches):
     """Not the one of the configuration, where it starts."""
     config = UpdateConfig(advantage=AdvantageConfig(eta=7.0))

@@ -1,0 +1,42 @@
+"""Writing files whole or not at all, and finding out beforehand whether a file can be written."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from policy_split_jax.errors import UserError
+
+
+@contextmanager
+def whole_file(path: Path, errors: str = "strict") -> Iterator[TextIO]:
+    """A text file that stands at `path` when the block ends well; otherwise what was there stays."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        with temporary.open("w", encoding="utf-8", errors=errors, newline="\n") as file:
+            yield file
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    with whole_file(path) as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_output(path: Path) -> Path:
+    """`path`, where a file can be written there; asked before the work whose result it will hold.
+
+    Raises UserError for a missing or read-only folder, and for a path that is a folder.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give the name of a file to write")
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: no such folder; make it or choose another --output")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path.parent}: not writable; choose another --output")
+    return path

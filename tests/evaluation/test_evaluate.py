@@ -1,0 +1,72 @@
+"""What an evaluation reports, from groups made by hand."""
+
+import numpy as np
+import pytest
+
+from policy_split_jax.data.formats import Row
+from policy_split_jax.evaluation import evaluate
+from policy_split_jax.modes import HIGH_ENTROPY, NORMAL
+from policy_split_jax.rewards import Grade
+from policy_split_jax.rollouts import Group
+from policy_split_jax.sampler.rollout import Rollout
+
+
+def group(normal, high_entropy):
+    """A question whose rollouts are (score, answer) or (score, answer, "length")."""
+    given = [*normal, *high_entropy]
+    rollouts = [
+        Rollout(np.zeros(2 + at, np.int32), np.zeros(2 + at, np.float32), rest[0] if rest else "stop")
+        for at, (_, _, *rest) in enumerate(given)
+    ]
+    modes = [NORMAL] * len(normal) + [HIGH_ENTROPY] * len(high_entropy)
+    grades = [Grade(score, answer) for score, answer, *_ in given]
+    return Group(Row("q", None, "test"), ([1], [2]), rollouts, modes, [""] * len(given), grades)
+
+
+def test_equal_wrong_answers_vote_together():
+    wrong = [(0.0, "7"), (0.0, "7"), (1.0, "8")]
+    row = evaluate.pass_metrics([group(wrong, [(0.0, "7"), (1.0, "8"), (1.0, "8")])], 3)
+    assert row["maj@3/normal"] == 0.0
+    assert row["maj@3/high_entropy"] == 1.0
+
+
+def test_what_was_cut_off_has_no_vote_unless_it_is_right():
+    cut = [(0.0, "7", "length"), (0.0, "7", "length"), (1.0, "8", "length")]
+    row = evaluate.pass_metrics([group(cut, cut)], 3)
+    assert row["maj@3/normal"] == 1.0
+    assert evaluate.outcome_metrics([group(cut, cut)])["distinct_correct/normal"] == 1.0
+
+
+@pytest.mark.parametrize(("k", "sizes", "even"), [(1, [1], []), (3, [1, 2, 3], [2]), (6, [1, 2, 4, 6], [2, 4, 6])])
+def test_k_itself_is_among_the_sizes_and_both_modes_share_even_ones(k, sizes, even):
+    rows = [group([(1.0, "8")] + [(0.0, "7")] * (k - 1), [(0.0, "7")] * k)]
+    row = evaluate.pass_metrics(rows, k)
+    assert [key for key in row if key.startswith("pass") and key.endswith("/normal")] == [
+        f"pass@{size}/normal" for size in sizes
+    ]
+    assert [key for key in row if key.startswith("pass") and key.endswith("/both")] == [
+        f"pass@{size}/both" for size in even
+    ]
+    assert (f"maj@{k}/both" in row) == (k % 2 == 0)
+    # One of k samples is right: a draw of `size` of them holds it with probability size/k.
+    for size in sizes:
+        assert row[f"pass@{size}/normal"] == pytest.approx(size / k)
+
+
+def test_both_modes_together():
+    rows = [group([(1.0, "8"), (0.0, "7")], [(0.0, "7"), (1.0, "9")]), group([(0.0, "1")] * 2, [(1.0, "2")] * 2)]
+    row = evaluate.outcome_metrics(rows)
+    assert (row["accuracy/normal"], row["accuracy/high_entropy"], row["accuracy/both"]) == (0.25, 0.75, 0.5)
+    # Lengths are 2, 3 (normal) and 4, 5 (high-entropy) in each question.
+    assert (row["response_length/normal"], row["response_length/both"]) == (2.5, 3.5)
+    assert (row["best_of_k/normal"], row["best_of_k/both"]) == (0.5, 1.0)
+    assert (row["distinct_correct/high_entropy"], row["distinct_correct/both"]) == (1.0, 1.5)
+    assert row["only_high_entropy_solved"] == 0.5
+
+
+def test_long_answers_are_scored_fewer_at_a_time(monkeypatch):
+    rows = [group([(0.0, "1")], [(0.0, "1")])] * 9
+    # Two rollouts of at most 3 tokens after a prompt of 1, under two modes: 16 tokens a question.
+    for budget, expected in ((64, 4), (1000, 4), (40, 2), (16, 1), (3, 1)):
+        monkeypatch.setattr(evaluate, "_SCORED_TOKENS", budget)
+        assert evaluate._questions_at_once(rows) == expected

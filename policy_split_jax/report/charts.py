@@ -21,8 +21,6 @@ PHASES = {
     "rollout": "#2f9e8f",
     "reward": "#b3a43c",
     "update": "#8b6bb1",
-    "eval": "#c46a9b",
-    "checkpoint": "#8a94a3",
 }
 
 

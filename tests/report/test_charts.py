@@ -115,19 +115,19 @@ def test_pass_at_k_orders_k_as_numbers_and_compares_first_with_last():
 
 
 def test_phases_are_stacked_over_steps_with_zero_where_they_did_not_happen():
-    rows = [{"time/rollout": 2.0, "time/checkpoint": 1.0}, {"time/rollout": 3.0}]
+    rows = [{"time/rollout": 2.0, "time/update": 1.0}, {"time/rollout": 3.0}]
     chart = charts.time_chart([run_of(rows)])
     assert {trace["name"]: trace["y"] for trace in chart.data} == {
         "rollout": [2.0, 3.0],
-        "checkpoint": [1.0, 0.0],
+        "update": [1.0, 0.0],
     }
     assert {trace["stackgroup"] for trace in chart.data} == {"phases"}
 
 
 def test_phases_of_several_runs_are_means_per_step():
-    first = run_of([{"time/rollout": 2.0, "time/checkpoint": 1.0}, {"time/rollout": 3.0}], name="first")
+    first = run_of([{"time/rollout": 2.0, "time/update": 1.0}, {"time/rollout": 3.0}], name="first")
     second = run_of([{"time/rollout": 8.0}], name="second")
     chart = charts.time_chart([first, second])
     bars = {trace["name"]: dict(zip(trace["x"], trace["y"], strict=True)) for trace in chart.data}
-    assert bars == {"rollout": {"first": 2.5, "second": 8.0}, "checkpoint": {"first": 0.5, "second": 0.0}}
+    assert bars == {"rollout": {"first": 2.5, "second": 8.0}, "update": {"first": 0.5, "second": 0.0}}
     assert chart.layout["barmode"] == "stack"

@@ -479,6 +479,8 @@ def test_shards_keep_to_the_limit_and_the_index_to_the_shards(tmp_path):
     files = sorted(file.name for file in (tmp_path / "ours").glob("*.safetensors"))
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     assert set(index["weight_map"].values()) == set(files)
+    # Whoever may read the configuration may read the weights.
+    assert len({file.stat().st_mode for file in (tmp_path / "ours").iterdir()}) == 1
     sizes = {name: len(data) for name, (_, _, data) in stored_bytes(tmp_path / "ours").items()}
     assert (
         index["metadata"]["total_size"] == sum(sizes.values()) == 4 * sum(leaf.size for leaf in jax.tree.leaves(params))

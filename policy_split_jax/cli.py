@@ -17,6 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     # Models are local folders; nothing is ever looked up on a hub.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # transformers reads tokenizers here; that it has no PyTorch is nothing to advise about.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from policy_split_jax import commands
 
     try:

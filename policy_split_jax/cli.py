@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     _sample(commands)
     _score(commands)
     _eval(commands)
+    _serve(commands)
     _export(commands)
     _report(commands)
     return parser
@@ -179,6 +180,22 @@ def _eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     )
     parser.add_argument("--output", metavar="FILE", help="JSON to write (default eval.json)", default="eval.json")
     _sampling_options(parser)
+    _engine_options(parser)
+
+
+def _serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="an OpenAI-compatible HTTP server of both modes",
+        description="Serves both modes over HTTP as the OpenAI API does; the model's name chooses the mode: NAME or "
+        "NAME:high-entropy.",
+    )
+    _model_options(parser)
+    parser.add_argument("--name", help="of the model (default: its folder's name)")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all who reach it (default 127.0.0.1)")
+    parser.add_argument("--port", type=_count, default=8000, help="0 takes a free one (default 8000)")
+    parser.add_argument("--max-new-tokens", type=_positive, default=2048, help="longest answer (default 2048)")
+    parser.add_argument("--decode-steps", type=_positive, default=4, help="tokens between two messages (default 4)")
     _engine_options(parser)
 
 

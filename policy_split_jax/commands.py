@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import socket
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -42,7 +43,7 @@ def sft(options: argparse.Namespace) -> None:
 def sample(options: argparse.Namespace) -> None:
     """`policy-split sample`."""
     from policy_split_jax.rollouts import sample_groups
-    from policy_split_jax.sampler.rollout import Sampling
+    from policy_split_jax.sampler.batcher import Sampling
 
     rows = None if options.prompts is None else _questions(Path(options.prompts))
     if options.output:
@@ -118,7 +119,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from policy_split_jax.evaluation.evaluate import evaluate as run
     from policy_split_jax.evaluation.evaluate import make_scorer
     from policy_split_jax.rewards import GraderPool
-    from policy_split_jax.sampler.rollout import Sampling
+    from policy_split_jax.sampler.batcher import Sampling
     from policy_split_jax.training.console import RunDisplay, evaluation_table
     from policy_split_jax.training.metrics_log import plain_row
 
@@ -178,6 +179,39 @@ def export(options: argparse.Namespace) -> None:
     print(f"written to {output}")
 
 
+def serve(options: argparse.Namespace) -> None:
+    """`policy-split serve`."""
+    try:
+        from policy_split_jax.serving.app import Server
+        from policy_split_jax.serving.app import serve as run
+    except ModuleNotFoundError as error:
+        raise UserError(f"serving needs {error.name}; install 'policy-split-jax[serve]'") from None
+    from policy_split_jax.sampler.batcher import Batcher, EngineConfig
+    from policy_split_jax.serving.service import EngineService
+
+    limits = {"max_prompt_tokens": options.max_prompt_tokens, "max_new_tokens": options.max_new_tokens}
+    with socket.socket() as bound:
+        _bind(bound, options.host, options.port)
+        policy, params = _load(options)
+        # Once, instead of in every call.
+        params = jax.tree.map(lambda leaf: leaf.astype(options.dtype), params)
+        engine = EngineConfig(policy.config, policy.stop_ids, options.slots, options.decode_steps, options.dtype)
+        service = EngineService(Batcher(engine, params, **limits))
+        service.start()
+        name = options.name or Path(options.checkpoint or options.model or EMBEDDED).resolve().name
+        host, port = bound.getsockname()[:2]
+        print(f"{name} and {name}:high-entropy at http://{host}:{port}/v1; Ctrl-C ends", flush=True)
+        run(Server(policy, service, name, **limits), bound)
+
+
+def _bind(bound: socket.socket, host: str, port: int) -> None:
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        raise UserError(f"{host}:{port}: {error.strerror}; choose another --host or --port") from None
+
+
 def report(options: argparse.Namespace) -> None:
     """`policy-split report RUN [RUN …]`."""
     from policy_split_jax.report.page import write_report
@@ -196,15 +230,11 @@ def _load(options: argparse.Namespace) -> tuple[Policy, qwen3.Params]:
 
 
 def _sampler(options: argparse.Namespace, policy: Policy) -> Any:
+    from policy_split_jax.sampler.batcher import EngineConfig
     from policy_split_jax.sampler.rollout import Sampler
 
-    return Sampler(
-        policy.config,
-        policy.stop_ids,
-        slots=options.slots,
-        max_prompt_tokens=options.max_prompt_tokens,
-        dtype=options.dtype,
-    )
+    engine = EngineConfig(policy.config, policy.stop_ids, options.slots, dtype=options.dtype)
+    return Sampler(engine, options.max_prompt_tokens)
 
 
 def _write_rows(output: str | None, rows: Iterable[dict[str, Any]]) -> None:

@@ -6,7 +6,7 @@ else a mode is one of the integers below, carried as a column of the batch.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,13 @@ DEFAULT_HIGH_ENTROPY_PROMPT = (
     "and let every attempt take a path of its own."
 )
 
-# What stands for the texts while the template is rendered; private-use characters mean nothing to a template.
-_SYSTEM_MARK, _QUESTION_MARK = "\ue0f0\ue0f1", "\ue0f1\ue0f0"
+
+def _mark(number: int) -> str:
+    """What stands for a text while the template is rendered: private-use characters mean nothing to a template."""
+    return f"\ue0f0{number}\ue0f1"
+
+
+_SYSTEM_MARK, _QUESTION_MARK = _mark(0), _mark(1)
 
 
 @dataclass(frozen=True)
@@ -40,32 +45,85 @@ def render(tokenizer: Any, questions: Sequence[str], mode: int, prompts: ModePro
     `tokenizer` is a Hugging Face tokenizer with a chat template. Special tokens come from the template alone:
     a question that spells `<|im_start|>system` is read as text, never as a turn.
     """
-    user = {"role": "user", "content": _QUESTION_MARK}
-    turns = [user] if mode == NORMAL else [{"role": "system", "content": _SYSTEM_MARK}, user]
-    template = tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=True, enable_thinking=prompts.enable_thinking
-    )
     users = [prompts.question_template.replace("{question}", question) for question in questions]
-    return _encode(tokenizer, template, prompts.high_entropy, users)
+    texts = {_SYSTEM_MARK: [prompts.high_entropy] * len(users), _QUESTION_MARK: users}
+    return _encode(tokenizer, _question_template(tokenizer, mode, prompts), texts, len(users))
 
 
-def _encode(tokenizer: Any, template: str, system: str, users: Sequence[str]) -> list[list[int]]:
-    """Encodes the template with its texts filled in; only the template's own special tokens are special.
+def render_chat(tokenizer: Any, turns: Sequence[tuple[str, str]], mode: int, prompts: ModePrompts) -> list[int]:
+    """Token ids of a conversation in one mode, up to and including the header of the assistant's next turn.
+
+    `turns` are (role, text). In the high-entropy mode the first turn is a system turn with the high-entropy
+    prompt; a system turn of the conversation's own follows in the same turn. A question alone gives what
+    `render` gives it (but `question_template`, which belongs to training data).
+    """
+    roles = [role for role, _ in turns]
+    texts = [text for _, text in turns]
+    if mode == HIGH_ENTROPY and roles[:1] == ["system"]:
+        texts[0] = f"{prompts.high_entropy}\n\n{texts[0]}"
+    elif mode == HIGH_ENTROPY:
+        roles, texts = ["system", *roles], [prompts.high_entropy, *texts]
+    marks = [_mark(at) for at in range(len(texts))]
+    template = _template(tokenizer, list(zip(roles, marks, strict=True)), prompts)
+    return _encode(tokenizer, template, {mark: [text] for mark, text in zip(marks, texts, strict=True)}, 1)[0]
+
+
+def shared_prefix(tokenizer: Any, mode: int, prompts: ModePrompts) -> list[int]:
+    """The token ids with which every prompt of a mode begins, whatever the question.
+
+    They end with the template's last special token before the question: what follows it is encoded together
+    with the question.
+    """
+    before = _question_template(tokenizer, mode, prompts).partition(_QUESTION_MARK)[0]
+    end = max((before.rfind(token) + len(token) for token in _special_ids(tokenizer) if token in before), default=0)
+    return _encode(tokenizer, before[:end], {_SYSTEM_MARK: [prompts.high_entropy]}, 1)[0]
+
+
+def system_turn(tokenizer: Any, mode: int, prompts: ModePrompts) -> list[int]:
+    """The token ids that a mode puts before a conversation: none, or the high-entropy prompt's own turn.
+
+    Raises ValueError where the template does not simply put a system turn in front.
+    """
+    with_system, without = (_question_template(tokenizer, which, prompts) for which in (mode, NORMAL))
+    if not with_system.endswith(without):
+        raise ValueError("this chat template does not put the system turn in front of the others")
+    turn = with_system.removesuffix(without)
+    return _encode(tokenizer, turn, {_SYSTEM_MARK: [prompts.high_entropy]}, 1)[0]
+
+
+def _question_template(tokenizer: Any, mode: int, prompts: ModePrompts) -> str:
+    system = [("system", _SYSTEM_MARK)] if mode == HIGH_ENTROPY else []
+    return _template(tokenizer, [*system, ("user", _QUESTION_MARK)], prompts)
+
+
+def _template(tokenizer: Any, turns: Sequence[tuple[str, str]], prompts: ModePrompts) -> str:
+    """The chat template with these turns, as text."""
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=prompts.enable_thinking
+    )
+
+
+def _special_ids(tokenizer: Any) -> dict[str, int]:
+    return {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def _encode(tokenizer: Any, template: str, texts: Mapping[str, Sequence[str]], rows: int) -> list[list[int]]:
+    """Encodes the template with each row's texts in place of their marks; only its own special tokens are special.
 
     Plain text on both sides of a filled-in text is encoded together with it, as the tokenizer itself does.
     """
-    special = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    marks = "|".join(re.escape(mark) for mark in [*special, _SYSTEM_MARK, _QUESTION_MARK])
-    ids: list[list[int]] = [[] for _ in users]
-    plain = [""] * len(users)
+    special = _special_ids(tokenizer)
+    marks = "|".join(re.escape(mark) for mark in [*special, *texts])
+    ids: list[list[int]] = [[] for _ in range(rows)]
+    plain = [""] * rows
     for piece in re.split(f"({marks})", template):
         if piece in special:
             ids = [[*row, *text, special[piece]] for row, text in zip(ids, encode_plain(tokenizer, plain), strict=True)]
-            plain = [""] * len(users)
-        elif piece == _QUESTION_MARK:
-            plain = [text + user for text, user in zip(plain, users, strict=True)]
+            plain = [""] * rows
         else:
-            plain = [text + (system if piece == _SYSTEM_MARK else piece) for text in plain]
+            added = texts.get(piece, [piece] * rows)
+            plain = [text + more for text, more in zip(plain, added, strict=True)]
     return [row + text for row, text in zip(ids, encode_plain(tokenizer, plain), strict=True)]
 
 

@@ -5,17 +5,16 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-_SMALLEST_BUCKET = 16
 TokenRow = Sequence[int] | Int[np.ndarray, "_"]
 
 
-def bucket(length: int, limit: int) -> int:
-    """The smallest power of two, at least 16, that holds `length`, but no more than `limit`.
+def bucket(length: int, limit: int, smallest: int = 16) -> int:
+    """The smallest power of two, at least `smallest`, that holds `length`, but no more than `limit`.
 
     Few lengths mean few compilations.
     """
-    size = _SMALLEST_BUCKET
-    while size < length:
+    size = 1
+    while size < max(length, smallest):
         size *= 2
     return min(size, limit)
 

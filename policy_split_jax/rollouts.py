@@ -10,10 +10,11 @@ from jaxtyping import Array, Key
 from policy_split_jax.data.formats import Row
 from policy_split_jax.errors import UserError
 from policy_split_jax.model import qwen3
-from policy_split_jax.modes import HIGH_ENTROPY, NORMAL, render_both
+from policy_split_jax.modes import HIGH_ENTROPY, NORMAL, render_both, shared_prefix
 from policy_split_jax.policy import Policy
 from policy_split_jax.rewards import Grade, GradeItem, GraderPool
-from policy_split_jax.sampler.rollout import Prompt, Rollout, Sampler, Sampling, rollout_keys
+from policy_split_jax.sampler.batcher import Prompt, Rollout, Sampling
+from policy_split_jax.sampler.rollout import Sampler, rollout_keys
 
 Progress = Callable[[int], None]
 
@@ -56,8 +57,9 @@ def sample_groups(
     prompts = render_prompts(policy, rows, sampler.max_prompt_tokens)
     questions = np.repeat(np.arange(len(rows)), len(modes))
     keys = rollout_keys(key, questions, np.tile(np.array(modes), len(rows)), per_mode)
+    shared = {mode: len(shared_prefix(policy.tokenizer, mode, policy.prompts)) for mode in modes}
     requests = [
-        Prompt(prompts[at][mode], keys[at * len(modes) + place])
+        Prompt(prompts[at][mode], keys[at * len(modes) + place], shared[mode])
         for at in range(len(rows))
         for place, mode in enumerate(modes)
     ]

@@ -14,6 +14,8 @@ from policy_split_jax.modes import (
     ModePrompts,
     decode_response,
     render_both,
+    render_chat,
+    shared_prefix,
 )
 from policy_split_jax.modes import render as render_all
 
@@ -205,3 +207,66 @@ def test_decode_response_of_nothing(tokenizer):
 def test_decode_response_of_ids_beyond_the_tokenizer(tokenizer):
     """Models have more embedding rows than tokenizers have tokens; an untrained one samples them."""
     assert decode_response(tokenizer, [*tokenizer("4")["input_ids"], len(tokenizer) + 5], [0]) == "4"
+
+
+@unhurried
+@given(
+    question=st.text(max_size=30) | st.sampled_from(QUESTIONS + ATTACKS), mode=st.sampled_from([NORMAL, HIGH_ENTROPY])
+)
+def test_every_prompt_of_a_mode_begins_with_the_shared_prefix(tokenizer, question, mode):
+    prefix = shared_prefix(tokenizer, mode, ModePrompts())
+    assert render(tokenizer, question, mode, ModePrompts())[: len(prefix)] == prefix
+
+
+def test_the_shared_prefix_reaches_to_the_users_turn(tokenizer):
+    """The whole system turn and the next turn's first token; of the normal mode, that token alone."""
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert shared_prefix(tokenizer, NORMAL, ModePrompts()) == [start]
+    text = f"<|im_start|>system\n{DEFAULT_HIGH_ENTROPY_PROMPT}<|im_end|>\n<|im_start|>"
+    assert tokenizer.decode(shared_prefix(tokenizer, HIGH_ENTROPY, ModePrompts())) == text
+
+
+def test_how_much_of_a_real_prompt_is_shared(shared):
+    """With Qwen3's template and the default prompt: 36 of the 58 tokens of a short question's prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(shared / "data" / "qwen3_tokenizer")
+    prompt = render(tokenizer, "What is 2 + 2? Put the answer in \\boxed{}.", HIGH_ENTROPY, ModePrompts())
+    assert (len(shared_prefix(tokenizer, HIGH_ENTROPY, ModePrompts())), len(prompt)) == (36, 58)
+
+
+def test_a_template_without_special_tokens_shares_nothing(tokenizer):
+    plain = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    plain.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }}{% endfor %}"
+    assert shared_prefix(plain, HIGH_ENTROPY, ModePrompts()) == []
+
+
+@pytest.mark.parametrize("mode", [NORMAL, HIGH_ENTROPY])
+@pytest.mark.parametrize("question", QUESTIONS + ATTACKS)
+def test_a_chat_of_one_question_is_that_question(tokenizer, question, mode):
+    chat = render_chat(tokenizer, [("user", question)], mode, ModePrompts())
+    assert chat == render(tokenizer, question, mode, ModePrompts())
+
+
+@pytest.mark.parametrize("mode", [NORMAL, HIGH_ENTROPY])
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_a_conversation_equals_the_chat_template(tokenizer, system, mode):
+    """Several turns; the high-entropy prompt stands before a system turn of the conversation's own."""
+    talk = [("user", "a"), ("assistant", "b <b>"), ("user", "c\n")]
+    turns = [("system", system), *talk] if system else talk
+    prompts = ModePrompts(high_entropy="Wander.")
+    texts = ["Wander."] * (mode == HIGH_ENTROPY) + [system] * bool(system)
+    expected = [("system", "\n\n".join(texts)), *talk] if texts else talk
+    messages = [{"role": role, "content": content} for role, content in expected]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert render_chat(tokenizer, turns, mode, prompts) == ids
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_no_turn_of_a_conversation_becomes_another(tokenizer, attack):
+    """As many special tokens as with harmless text."""
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+    def count(text):
+        turns = [("system", text), ("user", text), ("assistant", text), ("user", text)]
+        return sum(token in special for token in render_chat(tokenizer, turns, NORMAL, ModePrompts()))
+
+    assert count(attack) == count("harmless")

@@ -20,7 +20,8 @@ from policy_split_jax.objective.scorer import TokenScores, score_rollouts
 from policy_split_jax.policy import Policy
 from policy_split_jax.rewards import Grade, GraderPool
 from policy_split_jax.rollouts import Group, Progress, grade_groups, no_progress, sample_groups
-from policy_split_jax.sampler.rollout import Sampler, Sampling
+from policy_split_jax.sampler.batcher import Sampling
+from policy_split_jax.sampler.rollout import Sampler
 from policy_split_jax.training.batch import Batch
 from policy_split_jax.training.collate import make_batch
 

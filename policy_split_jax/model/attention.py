@@ -28,6 +28,23 @@ def attention(
     return mixed.reshape(batch, length, heads, head_dim)
 
 
+def decode_attention(
+    queries: Float[Array, "B 1 N H"],
+    keys: Float[Array, "B K H S"],
+    values: Float[Array, "B K S H"],
+    visible: Bool[Array, "B S"],
+) -> Float[Array, "B 1 N H"]:
+    """The same for one query a row, over keys and values in the layout of the cache."""
+    batch, _, heads, head_dim = queries.shape
+    kv_heads = keys.shape[1]
+    grouped = queries.reshape(batch, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("bkgh,bkhs->bkgs", grouped, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, _MASKED_SCORE)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    mixed = jnp.einsum("bkgs,bksh->bkgh", weights, values)
+    return mixed.reshape(batch, 1, heads, head_dim)
+
+
 def causal_mask(valid: Bool[Array, "B T"], segments: Int[Array, "B T"] | None = None) -> Bool[Array, "B T T"]:
     """Each position sees the valid positions up to itself; padding is seen by nobody.
 

@@ -1,23 +1,39 @@
 """The key/value cache of decoding: one pair of arrays per layer.
 
 A layer's cache is an array of its own, not a slice of one stacked array: a decode step then updates it in
-place, where a scan over layers would carry the stacked cache through every layer.
+place, where a scan over layers would carry the stacked cache through every layer. Positions are the last axis
+of the keys, since a query meets all of them, and the last but one of the values: each product of a decode step
+then reads memory in its order (docs/performance.md).
 """
 
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from policy_split_jax.model.attention import attention
+from policy_split_jax.model.attention import decode_attention
+
+
+class PromptCache(NamedTuple):
+    """Keys and values of computed prompts, all layers together."""
+
+    keys: Float[Array, "L *rows S K H"]
+    values: Float[Array, "L *rows S K H"]
 
 
 class LayerCache(NamedTuple):
     """Keys and values of one layer; row b holds slot b's tokens at their positions."""
 
-    keys: Float[Array, "B S K H"]
-    values: Float[Array, "B S K H"]
+    keys: Float[Array, "B K H S"]
+    values: Float[Array, "B K S H"]
+
+    @property
+    def length(self) -> int:
+        """How many positions there are."""
+        return self.keys.shape[-1]
 
 
 Cache = tuple[LayerCache, ...]
@@ -25,8 +41,35 @@ Cache = tuple[LayerCache, ...]
 
 def init_cache(layers: int, slots: int, length: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> Cache:
     """A cache of zeros. What a slot held before is never cleared: `attend_cached` masks it."""
-    shape = (slots, length, kv_heads, head_dim)
-    return tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(layers))
+    keys, values = (slots, kv_heads, head_dim, length), (slots, kv_heads, length, head_dim)
+    return tuple(LayerCache(jnp.zeros(keys, dtype), jnp.zeros(values, dtype)) for _ in range(layers))
+
+
+@partial(jax.jit, static_argnames="length")
+def resize_cache(cache: Cache, length: int) -> Cache:
+    """The same entries in a longer or shorter cache."""
+    kept = min(length, cache[0].length)
+    added = [(0, 0), (0, 0), (0, 0), (0, length - kept)]
+    return tuple(
+        LayerCache(
+            jnp.pad(layer.keys[..., :kept], added),
+            jnp.pad(layer.values[:, :, :kept], [added[at] for at in (0, 1, 3, 2)]),
+        )
+        for layer in cache
+    )
+
+
+def insert_prompt(
+    cache: LayerCache, prompt: PromptCache, layer: int, rows: Int[Array, "I"], slots: Int[Array, "I"]
+) -> LayerCache:
+    """Copies one layer of row `rows[i]` of the prompts into slot `slots[i]`; a slot out of range is dropped."""
+    # A prompt may be padded beyond the cache.
+    width = min(prompt.keys.shape[2], cache.length)
+    keys, values = prompt.keys[layer, rows, :width], prompt.values[layer, rows, :width]
+    return LayerCache(
+        cache.keys.at[slots, :, :, :width].set(keys.transpose(0, 2, 3, 1), mode="drop"),
+        cache.values.at[slots, :, :width].set(values.transpose(0, 2, 1, 3), mode="drop"),
+    )
 
 
 def attend_cached(
@@ -37,11 +80,10 @@ def attend_cached(
     values: Float[Array, "B 1 K H"],
 ) -> tuple[Float[Array, "B 1 N H"], LayerCache]:
     """Writes one token's keys and values at its position, and attends to everything up to it."""
-    slots, length = cache.keys.shape[:2]
-    rows = jnp.arange(slots)
+    rows = jnp.arange(positions.shape[0])
     cache = LayerCache(
-        cache.keys.at[rows, positions].set(keys[:, 0], mode="drop"),
-        cache.values.at[rows, positions].set(values[:, 0], mode="drop"),
+        cache.keys.at[rows, :, :, positions].set(keys[:, 0], mode="drop"),
+        cache.values.at[rows, :, positions].set(values[:, 0], mode="drop"),
     )
-    visible: Bool[Array, "B 1 S"] = (jnp.arange(length)[None, :] <= positions[:, None])[:, None]
-    return attention(queries, cache.keys, cache.values, visible), cache
+    visible = jnp.arange(cache.length)[None, :] <= positions[:, None]
+    return decode_attention(queries, cache.keys, cache.values, visible), cache

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from policy_split_jax.model.attention import attention, causal_mask
-from policy_split_jax.model.cache import Cache, LayerCache, attend_cached
+from policy_split_jax.model.cache import Cache, PromptCache, attend_cached
 
 Params = Mapping[str, Any]
 Rotary = tuple[Float[Array, "B T 1 J"], Float[Array, "B T 1 J"]]
@@ -269,24 +269,40 @@ def forward(
 
 
 def prefill(
-    params: Params, tokens: Int[Array, "B T"], *, config: Qwen3Config, dtype: DTypeLike = jnp.float32
-) -> LayerCache:
-    """Keys and values of right-padded prompts, each array stacked over layers [L, B, T, K, H].
+    params: Params,
+    tokens: Int[Array, "B T"],
+    shared: PromptCache,
+    *,
+    config: Qwen3Config,
+    dtype: DTypeLike = jnp.float32,
+) -> PromptCache:
+    """Keys and values of right-padded prompts, each array stacked over layers [L, B, C + T, K, H].
 
-    What follows a prompt's true length is garbage that decoding never sees.
+    All prompts continue the same C tokens, whose keys and values are `shared` [L, C, K, H]. What follows a
+    prompt's true length is garbage that decoding never sees.
     """
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    rows, width = tokens.shape
+    before = shared.keys.shape[1]
+    positions = jnp.broadcast_to(before + jnp.arange(width), tokens.shape)
     rotary = rotary_embedding(positions, config.head_dim, config.rope_theta)
-    mask = causal_mask(jnp.ones(tokens.shape, bool))
+    own = causal_mask(jnp.ones(tokens.shape, bool))
+    mask = jnp.concatenate([jnp.ones((rows, width, before), bool), own], axis=-1)
 
-    def attend(queries: Array, keys: Array, values: Array) -> tuple[Array, LayerCache]:
-        return attention(queries, keys, values, mask), LayerCache(keys, values)
+    def block(x: Array, inputs: tuple[Params, PromptCache]) -> tuple[Array, PromptCache]:
+        weights, start = inputs
 
-    def block(x: Array, weights: Params) -> tuple[Array, LayerCache]:
+        def attend(queries: Array, keys: Array, values: Array) -> tuple[Array, PromptCache]:
+            full = PromptCache(_continued(start.keys, keys), _continued(start.values, values))
+            return attention(queries, full.keys, full.values, mask), full
+
         return nnx.merge(_layer_graph(config), _cast(weights, dtype))(x, rotary, attend)
 
-    _, kept = jax.lax.scan(block, _embed(params, tokens, dtype), params["layers"])
+    _, kept = jax.lax.scan(block, _embed(params, tokens, dtype), (params["layers"], shared))
     return kept
+
+
+def _continued(shared: Float[Array, "C K H"], own: Float[Array, "B T K H"]) -> Float[Array, "B S K H"]:
+    return jnp.concatenate([jnp.broadcast_to(shared, (own.shape[0], *shared.shape)), own], axis=1)
 
 
 def unstack_layers(params: Params, config: Qwen3Config, dtype: DTypeLike) -> list[Params]:

@@ -2,7 +2,8 @@
 
 `prefill` computes the keys and values of prompts, `insert` puts them into slots (one prompt into as many
 slots as it has rollouts), `generate` decodes all slots for a few steps. A slot's rollout depends on its
-prompt, key and settings alone: not on its slot, its neighbours, padding or how often the host looks.
+prompt, key and settings alone: not on its slot, its neighbours, padding, the cache's length or how often the
+host looks.
 """
 
 from functools import partial
@@ -14,17 +15,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from policy_split_jax.model import qwen3
-from policy_split_jax.model.cache import Cache, LayerCache, init_cache
+from policy_split_jax.model.cache import Cache, PromptCache, init_cache, insert_prompt, resize_cache
 from policy_split_jax.sampler.sampling import SamplingSettings, sample, token_keys
 
 
 class Prefix(NamedTuple):
     """The computed prompts of R rows."""
 
-    kv: LayerCache
+    kv: PromptCache
     """Keys and values of all layers, [L, R, S, K, H]."""
     last_tokens: Int[Array, "R"]
     true_lengths: Int[Array, "R"]
+    """Tokens of the prompts, the shared ones included."""
 
 
 class SlotRequest(NamedTuple):
@@ -37,7 +39,7 @@ class SlotRequest(NamedTuple):
 
 
 class DecodeState(NamedTuple):
-    """All slots. Its shapes never change, so `generate` is compiled once."""
+    """All slots. Of its shapes only the cache's length changes: see `resize`."""
 
     cache: Cache
     last_tokens: Int[Array, "B"]
@@ -59,7 +61,7 @@ class DecodeState(NamedTuple):
 def init_state(
     config: qwen3.Qwen3Config, slots: int, cache_length: int, max_new_tokens: int, dtype: DTypeLike
 ) -> DecodeState:
-    """Empty slots. `cache_length` holds a prompt and its new tokens."""
+    """Empty slots. `cache_length` holds a prompt and the new tokens that are made before the next `resize`."""
     integers = partial(jnp.zeros, (slots,), jnp.int32)
     return DecodeState(
         cache=init_cache(config.num_layers, slots, cache_length, config.num_kv_heads, config.head_dim, dtype),
@@ -76,18 +78,43 @@ def init_state(
     )
 
 
+def resize(state: DecodeState, cache_length: int) -> DecodeState:
+    """The same slots with a longer or shorter cache: decoding reads all of it, so it is no longer than needed.
+
+    A live slot needs `positions + n` entries for its next n tokens; what is cut off must be no live slot's.
+    """
+    return state._replace(cache=resize_cache(state.cache, cache_length))
+
+
+def no_prefix(config: qwen3.Qwen3Config, dtype: DTypeLike) -> PromptCache:
+    """What `prefill` continues from where prompts share nothing."""
+    empty = jnp.zeros((config.num_layers, 0, config.num_kv_heads, config.head_dim), dtype)
+    return PromptCache(empty, empty)
+
+
+def shared_prefix(prefix: Prefix) -> PromptCache:
+    """The keys and values of a prefix of one full row, for prompts that begin with it."""
+    return PromptCache(prefix.kv.keys[:, 0], prefix.kv.values[:, 0])
+
+
 @partial(jax.jit, static_argnames=("config", "dtype"))
 def prefill(
     params: qwen3.Params,
     tokens: Int[Array, "R S"],
     true_lengths: Int[Array, "R"],
+    shared: PromptCache,
     *,
     config: qwen3.Qwen3Config,
     dtype: DTypeLike = jnp.float32,
 ) -> Prefix:
-    """Computes right-padded prompts. Every prompt has at least one token."""
+    """Computes right-padded prompts, or what follows the beginning that they all share.
+
+    `shared` holds that beginning's keys and values, [L, C, K, H]; `true_lengths` counts `tokens` alone. Every
+    prompt has at least one token of its own.
+    """
     last = jnp.take_along_axis(tokens, true_lengths[:, None] - 1, axis=1)[:, 0]
-    return Prefix(qwen3.prefill(params, tokens, config=config, dtype=dtype), last, true_lengths)
+    kv = qwen3.prefill(params, tokens, shared, config=config, dtype=dtype)
+    return Prefix(kv, last, true_lengths + shared.keys.shape[1])
 
 
 @partial(jax.jit, donate_argnames="state")
@@ -107,14 +134,7 @@ def insert(
     def put(slot_values: Array, values: Array) -> Array:
         return slot_values.at[slots].set(values, mode="drop")
 
-    width = prefix.kv.keys.shape[2]
-    cache = tuple(
-        LayerCache(
-            layer.keys.at[slots, :width].set(prefix.kv.keys[at, rows], mode="drop"),
-            layer.values.at[slots, :width].set(prefix.kv.values[at, rows], mode="drop"),
-        )
-        for at, layer in enumerate(state.cache)
-    )
+    cache = tuple(insert_prompt(layer, prefix.kv, at, rows, slots) for at, layer in enumerate(state.cache))
     return state._replace(
         cache=cache,
         last_tokens=put(state.last_tokens, prefix.last_tokens[rows]),
@@ -126,6 +146,12 @@ def insert(
         stopped=put(state.stopped, jnp.zeros(slots.shape, bool)),
         lengths=put(state.lengths, jnp.zeros(slots.shape, jnp.int32)),
     )
+
+
+@partial(jax.jit, donate_argnames="state")
+def release(state: DecodeState, slots: Int[Array, "I"]) -> DecodeState:
+    """Ends the rollouts of these slots as they are; a slot out of range is dropped."""
+    return state._replace(live=state.live.at[slots].set(False, mode="drop"))
 
 
 @partial(jax.jit, static_argnames=("steps", "config", "dtype"), donate_argnames="state")

@@ -52,15 +52,23 @@ def sample(
     """
     greedy = settings.temperature <= 0
     scaled = logits / jnp.where(greedy, 1.0, settings.temperature)[:, None]
-    truncating = (settings.top_k > 0) | (settings.top_p < 1)
-    # Sorting the vocabulary is most of the cost of sampling: skipped while nobody asks for it.
-    kept = jax.lax.cond(
-        jnp.any(truncating & ~greedy),
-        lambda: allowed_tokens(scaled, settings.top_k, settings.top_p),
-        lambda: jnp.ones(scaled.shape, bool),
-    )
     noise = jax.vmap(lambda key: jax.random.gumbel(key, scaled.shape[-1:]))(keys)
-    noisy = jnp.where(kept, scaled + noise, -jnp.inf)
-    tokens = jnp.argmax(jnp.where(greedy[:, None], logits, noisy), axis=-1)
+    noisy = scaled + jnp.where(greedy[:, None], 0.0, noise)
+    truncating = ~greedy & ((settings.top_k > 0) | (settings.top_p < 1))
+    # Sorting the vocabulary is most of the cost of sampling: skipped while nobody asks for it.
+    tokens = jax.lax.cond(
+        jnp.any(truncating),
+        lambda: _likeliest(
+            jnp.where(allowed_tokens(scaled, settings.top_k, settings.top_p) | ~truncating[:, None], noisy, -jnp.inf)
+        ),
+        lambda: _likeliest(noisy),
+    )
     logp = jax.nn.log_softmax(scaled, axis=-1)
     return tokens, jnp.take_along_axis(logp, tokens[:, None], axis=-1)[:, 0]
+
+
+def _likeliest(scores: Float[Array, "B V"]) -> Int[Array, "B"]:
+    """argmax, as two reductions: XLA turns it into one that no CPU vectorises."""
+    vocabulary = scores.shape[-1]
+    best = jnp.max(scores, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(scores == best, jnp.arange(vocabulary), vocabulary - 1), axis=-1)

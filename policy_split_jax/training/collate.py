@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from policy_split_jax.padding import bucket, lengths, pad_left, pad_right
-from policy_split_jax.sampler.rollout import Rollout
+from policy_split_jax.sampler.batcher import Rollout
 from policy_split_jax.training.batch import Batch
 
 

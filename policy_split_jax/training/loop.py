@@ -25,7 +25,8 @@ from policy_split_jax.policy import Policy, copy_policy_files, load_model, load_
 from policy_split_jax.report.page import write_report
 from policy_split_jax.rewards import GraderPool
 from policy_split_jax.rollouts import Group, grade_groups, render_prompts, sample_groups, step_key
-from policy_split_jax.sampler.rollout import Sampler, Sampling
+from policy_split_jax.sampler.batcher import EngineConfig, Sampling
+from policy_split_jax.sampler.rollout import Sampler
 from policy_split_jax.training.checkpoint import Checkpoints, latest_step, load_run
 from policy_split_jax.training.collate import make_batch
 from policy_split_jax.training.console import RunDisplay
@@ -248,14 +249,9 @@ def update_config(config: RunConfig) -> UpdateConfig:
 
 
 def _sampler(config: RunConfig, policy: Policy) -> Sampler:
-    return Sampler(
-        policy.config,
-        policy.stop_ids,
-        slots=config.rollout.slots,
-        max_prompt_tokens=config.rollout.max_prompt_tokens,
-        decode_steps=config.rollout.decode_steps,
-        dtype=config.model.dtype,
-    )
+    rollout = config.rollout
+    engine = EngineConfig(policy.config, policy.stop_ids, rollout.slots, rollout.decode_steps, config.model.dtype)
+    return Sampler(engine, rollout.max_prompt_tokens)
 
 
 def _rows(config: RunConfig) -> tuple[list[Row], list[Row]]:

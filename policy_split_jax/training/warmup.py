@@ -29,7 +29,8 @@ from policy_split_jax.modes import ModePrompts, render_both
 from policy_split_jax.padding import lengths, pad_left, pad_right
 from policy_split_jax.policy import load_policy, write_prompts
 from policy_split_jax.rewards import GraderPool
-from policy_split_jax.sampler.rollout import Sampler, Sampling
+from policy_split_jax.sampler.batcher import EngineConfig, Sampling
+from policy_split_jax.sampler.rollout import Sampler
 from policy_split_jax.training.console import RunDisplay, evaluation_table
 from policy_split_jax.training.optimizer import make_optimizer
 from policy_split_jax.training.sft import SftBatch, SftState, make_sft_update
@@ -176,7 +177,7 @@ def _evaluate(config: SftConfig, folder: Path, params: qwen3.Params) -> dict[str
         count=config.eval.questions,
         max_number=config.data.max_number,
     )
-    sampler = Sampler(policy.config, policy.stop_ids, slots=64, max_prompt_tokens=64)
+    sampler = Sampler(EngineConfig(policy.config, policy.stop_ids, slots=64), max_prompt_tokens=64)
     with GraderPool("countdown") as pool, RunDisplay(1, 0) as display:
         row, _, _ = evaluate(
             params,

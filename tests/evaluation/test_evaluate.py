@@ -8,7 +8,7 @@ from policy_split_jax.evaluation import evaluate
 from policy_split_jax.modes import HIGH_ENTROPY, NORMAL
 from policy_split_jax.rewards import Grade
 from policy_split_jax.rollouts import Group
-from policy_split_jax.sampler.rollout import Rollout
+from policy_split_jax.sampler.batcher import Rollout
 
 
 def group(normal, high_entropy):

@@ -31,10 +31,16 @@ def request(slots, temperature=1.0, limits=NEW, top_k=0):
     return engine.SlotRequest(keys, settings, column(limits, np.int32))
 
 
+def compute(params, tokens, config, dtype=jnp.float32):
+    """The prefix of PROMPTS, which share nothing."""
+    shared = engine.no_prefix(config, dtype)
+    return engine.prefill(params, tokens, lengths(PROMPTS), shared, config=config, dtype=dtype)
+
+
 @pytest.fixture(scope="module")
 def start(config, params):
     """A function that returns slots filled with the prompts: state is donated, so each test has its own."""
-    prefix = engine.prefill(params, pad_right(PROMPTS, WIDTH), lengths(PROMPTS), config=config)
+    prefix = compute(params, pad_right(PROMPTS, WIDTH), config)
 
     def filled(order=range(SLOTS), garbage=0.0, **settings):
         state = engine.init_state(config, SLOTS, WIDTH + NEW, NEW, jnp.float32)
@@ -101,7 +107,7 @@ def test_what_a_slot_held_before_is_never_seen(start, run, plain):
 def test_prompt_padding_is_never_seen(config, params, start, run, plain):
     tokens = pad_right(PROMPTS, WIDTH)
     beyond = np.arange(WIDTH) >= lengths(PROMPTS)[:, None]
-    prefix = engine.prefill(params, np.where(beyond, 66, tokens), lengths(PROMPTS), config=config)
+    prefix = compute(params, np.where(beyond, 66, tokens), config)
     state = engine.init_state(config, SLOTS, WIDTH + NEW, NEW, jnp.float32)
     places = np.arange(SLOTS, dtype=np.int32)
     state = run(engine.insert(prefix, state, places, places, request(SLOTS)))
@@ -186,7 +192,7 @@ def test_slots_have_settings_of_their_own(config, params, start, run, plain):
 
 def test_one_prompt_fills_several_slots_and_unused_insertions_are_dropped(config, params, start, run, plain):
     """Row 2 into slots 3 and 1; the other two insertions name a slot out of range."""
-    prefix = engine.prefill(params, pad_right(PROMPTS, WIDTH), lengths(PROMPTS), config=config)
+    prefix = compute(params, pad_right(PROMPTS, WIDTH), config)
     before = jax.device_get(start())
     rows, slots = np.array([2, 2, 0, 0], np.int32), np.array([3, 1, SLOTS, SLOTS], np.int32)
     asked = request(SLOTS)
@@ -207,7 +213,7 @@ def test_a_refilled_slot_starts_afresh(config, params, start, run, plain):
     """A slot that has ended by a stop token is filled again: length, flags and tokens are the new rollout's."""
     stopped = run(start(), stop_ids=jnp.array(plain.tokens[:, 0].tolist()[:2], jnp.int32))
     assert stopped.stopped[1]
-    prefix = engine.prefill(params, pad_right(PROMPTS, WIDTH), lengths(PROMPTS), config=config)
+    prefix = compute(params, pad_right(PROMPTS, WIDTH), config)
     slots = np.array([SLOTS, 1, SLOTS, SLOTS], np.int32)
     refilled = engine.insert(prefix, stopped, np.array([0, 1, 0, 0], np.int32), slots, request(SLOTS))
     assert (refilled.live[1], refilled.stopped[1], refilled.lengths[1]) == (True, False, 0)
@@ -219,7 +225,7 @@ def test_a_refilled_slot_starts_afresh(config, params, start, run, plain):
 
 def test_bfloat16_cache_and_weights_sample_close_to_float32(config, params, plain):
     """Types end to end: cache in bfloat16, logprobs in float32; the values to bfloat16's accuracy."""
-    prefix = engine.prefill(params, pad_right(PROMPTS, WIDTH), lengths(PROMPTS), config=config, dtype=jnp.bfloat16)
+    prefix = compute(params, pad_right(PROMPTS, WIDTH), config, jnp.bfloat16)
     state = engine.init_state(config, SLOTS, WIDTH + NEW, NEW, jnp.bfloat16)
     places = np.arange(SLOTS, dtype=np.int32)
     state = engine.insert(prefix, state, places, places, request(SLOTS))
@@ -230,3 +236,49 @@ def test_bfloat16_cache_and_weights_sample_close_to_float32(config, params, plai
     assert same.any()
     # Eight bits of mantissa on logits of up to 10, through two layers: about 0.1.
     np.testing.assert_allclose(state.logprobs[same, 0], plain.logprobs[same, 0], atol=0.2)
+
+
+def test_prompts_that_continue_a_shared_beginning_equal_whole_prompts(config, params):
+    """Keys and values of every real position, true lengths and last tokens."""
+    beginning = [60, 61, 62, 7, 60]
+    whole = [beginning + prompt for prompt in PROMPTS]
+    nothing = engine.no_prefix(config, jnp.float32)
+    expected = engine.prefill(params, pad_right(whole, 16), lengths(whole), nothing, config=config)
+    first = engine.prefill(params, np.array([beginning]), np.array([len(beginning)]), nothing, config=config)
+    shared = engine.shared_prefix(first)
+    prefix = engine.prefill(params, pad_right(PROMPTS, WIDTH), lengths(PROMPTS), shared, config=config)
+    np.testing.assert_array_equal(prefix.true_lengths, lengths(whole))
+    np.testing.assert_array_equal(prefix.last_tokens, expected.last_tokens)
+    for row, prompt in enumerate(whole):
+        for ours, theirs in zip(prefix.kv, expected.kv, strict=True):
+            np.testing.assert_allclose(ours[:, row, : len(prompt)], theirs[:, row, : len(prompt)], **CLOSE)
+
+
+def test_the_length_of_the_cache_changes_nothing(start, run, plain):
+    """Two steps on a short cache, two on a longer one, the rest on one cut to what is needed."""
+    state = engine.resize(start(), WIDTH)
+    state = run(state, 2)
+    longer = engine.resize(state, 40)
+    np.testing.assert_array_equal(longer.cache[1].keys[..., :WIDTH], state.cache[1].keys)
+    assert longer.cache[0].values.shape[2] == 40
+    state = run(longer, 2)
+    state = run(engine.resize(state, WIDTH + NEW - 2), 2)
+    np.testing.assert_array_equal(state.tokens, plain.tokens)
+    np.testing.assert_allclose(state.logprobs, plain.logprobs, **CLOSE)
+
+
+def test_a_prefix_padded_beyond_the_cache_is_inserted(config, params, run, plain):
+    prefix = compute(params, pad_right(PROMPTS, 64), config)
+    state = engine.init_state(config, SLOTS, WIDTH + NEW, NEW, jnp.float32)
+    places = np.arange(SLOTS, dtype=np.int32)
+    state = run(engine.insert(prefix, state, places, places, request(SLOTS)))
+    np.testing.assert_array_equal(state.tokens, plain.tokens)
+
+
+def test_released_slots_end_as_they_are(start, run, plain):
+    state = engine.release(run(start(), 2), np.array([1, 3, SLOTS], np.int32))
+    np.testing.assert_array_equal(state.live, [True, False, True, False])
+    state = run(state)
+    np.testing.assert_array_equal(state.lengths, [NEW, 2, NEW, 2])
+    np.testing.assert_array_equal(state.tokens[[0, 2]], plain.tokens[[0, 2]])
+    assert not state.tokens[[1, 3], 2:].any()

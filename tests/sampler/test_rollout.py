@@ -13,7 +13,8 @@ from policy_split_jax.modes import HIGH_ENTROPY, NORMAL
 from policy_split_jax.objective.scorer import score_rollouts
 from policy_split_jax.padding import lengths, pad_left, pad_right
 from policy_split_jax.sampler import engine
-from policy_split_jax.sampler.rollout import Prompt, Rollout, Sampler, Sampling, rollout_keys
+from policy_split_jax.sampler.batcher import EngineConfig, Prompt, Rollout, Sampling
+from policy_split_jax.sampler.rollout import Sampler, rollout_keys
 
 TEXTS = [[5, 6, 7], [9], [11, 3, 60, 2, 31, 8, 9, 4], [1, 2], [50] * 16]
 COUNT, LIMIT, NEW = 3, 40, 10
@@ -31,7 +32,7 @@ def make_prompts(texts=TEXTS, count=COUNT, seed=0):
 @pytest.fixture(scope="module")
 def make(config):
     def sampler(stop_ids=NEVER, slots=8, max_prompt_tokens=LIMIT, decode_steps=4):
-        return Sampler(config, stop_ids, slots=slots, max_prompt_tokens=max_prompt_tokens, decode_steps=decode_steps)
+        return Sampler(EngineConfig(config, tuple(stop_ids), slots, decode_steps), max_prompt_tokens)
 
     return sampler
 
@@ -268,7 +269,7 @@ def test_greedy_equals_transformers_generate(oracle):
     stop_ids = [free[0][3], free[2][6]]
     expected = [reference(text, stop_ids) for text in TEXTS]
     assert len({len(tokens) for tokens in expected}) > 1
-    sampler = Sampler(huggingface.load_config(folder), stop_ids, slots=3, max_prompt_tokens=16, decode_steps=4)
+    sampler = Sampler(EngineConfig(huggingface.load_config(folder), tuple(stop_ids), 3, 4), max_prompt_tokens=16)
     params = huggingface.load_params(folder)
     results = sampler(params, make_prompts(count=1), Sampling(NEW, temperature=0.0))
     assert [group[0].tokens.tolist() for group in results] == expected
@@ -296,9 +297,9 @@ def test_each_prompt_is_prefilled_once(params, make, monkeypatch):
     seen = []
     prefill = engine.prefill
 
-    def counted(params, tokens, true_lengths, **settings):
+    def counted(params, tokens, true_lengths, shared, **settings):
         seen.extend(tuple(row[:size].tolist()) for row, size in zip(tokens, true_lengths, strict=True))
-        return prefill(params, tokens, true_lengths, **settings)
+        return prefill(params, tokens, true_lengths, shared, **settings)
 
     monkeypatch.setattr(engine, "prefill", counted)
     texts = [*TEXTS, list(range(1, 21)), *([at, at] for at in range(20, 40))]
@@ -328,6 +329,72 @@ def test_one_compilation_a_bucket(params, make):
     for temperature, top_k in [(0.0, 0), (0.5, 0), (1.0, 5)]:
         sampler(params, make_prompts([[5] * 9]), Sampling(3, temperature=temperature, top_k=top_k))
     np.testing.assert_array_equal(compiled(), settled)
+
+
+@pytest.mark.parametrize("shared", [17, 30])
+def test_rollouts_do_not_depend_on_a_shared_beginning(params, make, monkeypatch, shared):
+    """Two long beginnings, told as shared or not; one of the prompts is nothing but its beginning."""
+    beginnings = [[60, 3, 61] * 10, [7, 8, 9] * 10]
+    texts = [beginning[:shared] + text for beginning in beginnings for text in [*TEXTS[:3], []]]
+    prompts = make_prompts(texts)
+    expected = make()(params, prompts, Sampling(NEW))
+    widths = []
+    prefill = engine.prefill
+
+    def seen(params, tokens, true_lengths, shared, **settings):
+        widths.append((tokens.shape[1], shared.keys.shape[1]))
+        return prefill(params, tokens, true_lengths, shared, **settings)
+
+    monkeypatch.setattr(engine, "prefill", seen)
+    sampler = make()
+    assert_same(sampler(params, [prompt._replace(shared=shared) for prompt in prompts], Sampling(NEW)), expected)
+    # Each beginning is computed once, alone, and the prompts from where it ends.
+    assert widths.count((shared, 0)) == 2
+    assert (16, shared) in widths
+    # A new call may bring new weights: nothing is kept.
+    widths.clear()
+    sampler(params, [prompt._replace(shared=shared) for prompt in prompts], Sampling(1))
+    assert widths.count((shared, 0)) == 2
+
+
+def test_each_prompt_has_its_own_settings(params, make, free):
+    """Limits and temperatures by prompt, beside each other."""
+    limits = [1, 10, 4, 7, 2]
+    each = [Sampling(limit) for limit in limits]
+    expected = [
+        [Rollout(rollout.tokens[:limit], rollout.logprobs[:limit], "length") for rollout in group]
+        for limit, group in zip(limits, free, strict=True)
+    ]
+    assert_same(make(slots=3)(params, make_prompts(), each), expected)
+    each[2] = Sampling(NEW, temperature=0.0)
+    greedy = make()(params, make_prompts()[2:3], Sampling(NEW, temperature=0.0))
+    assert_same(make()(params, make_prompts(), each)[2:3], greedy)
+
+
+def test_decoding_reads_no_more_cache_than_the_longest_live_rollout_needs(config, params, make, monkeypatch):
+    """One rollout of 1,000 tokens beside short ones: the cache grows with it, and rollouts stay the same."""
+    limits = [1000, 5, 5, 5]
+    prompts = make_prompts(TEXTS[:4], count=1)
+    sampler = make(slots=2, decode_steps=40)
+    alone = [sampler(params, [prompt], Sampling(5))[0] for prompt in prompts]
+    read = []
+    generate = engine.generate
+
+    def seen(params, state, stop_ids, **settings):
+        read.append((state.cache[0].length, int(jnp.max(jnp.where(state.live, state.positions, 0)))))
+        return generate(params, state, stop_ids, **settings)
+
+    monkeypatch.setattr(engine, "generate", seen)
+    results = sampler(params, prompts, [Sampling(limit) for limit in limits])
+    assert_same(results[1:], alone[1:])
+    np.testing.assert_array_equal(results[0][0].tokens[:5], alone[0][0].tokens)
+    assert len(results[0][0].tokens) == 1000
+    # Lengths 64 (at least), 128, 256, 512 and the largest; never less than what the next 40 steps fill.
+    assert [length for length, _ in read] == sorted(length for length, _ in read)
+    assert {length for length, _ in read} == {64, 128, 256, 512, 1016}
+    for length, position in read:
+        assert position + 40 <= length or length == 1016
+        assert length < 2 * (position + 41) or length == 64
 
 
 @pytest.mark.parametrize("length", [0, LIMIT + 1])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from policy_split_jax.modes import HIGH_ENTROPY, NORMAL
-from policy_split_jax.sampler.rollout import Rollout
+from policy_split_jax.sampler.batcher import Rollout
 from policy_split_jax.training.batch import Batch
 from policy_split_jax.training.collate import make_batch
 

@@ -118,7 +118,8 @@ class RolloutConfig:
     rollouts_per_mode: int = 4
     """G/2: how many rollouts of a question each mode samples."""
     max_prompt_tokens: int = 1024
-    """A longer prompt is an error."""
+    long_prompts: Literal["error", "skip"] = "error"
+    """What a question with a longer prompt in either mode is: an error, or left out and counted at the start."""
     max_new_tokens: int = 1024
     temperature: float = 1.0
     """Of sampling; the trainer's log-probabilities use the same."""

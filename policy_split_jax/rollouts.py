@@ -94,16 +94,30 @@ def grade_groups(pool: GraderPool, groups: Sequence[Group]) -> None:
 
 def render_prompts(policy: Policy, rows: Sequence[Row], limit: int) -> list[tuple[list[int], list[int]]]:
     """Each question's prompts, indexed by mode; UserError where one has more than `limit` tokens."""
-    prompts = render_both(policy.tokenizer, [row.question for row in rows], policy.prompts)
-    sizes = [max(map(len, pair)) for pair in prompts]
+    prompts = _render(policy, rows)
+    sizes = _sizes(prompts)
     if max(sizes, default=0) > limit:
         longest = max(range(len(rows)), key=sizes.__getitem__)
         raise UserError(
             f"{sum(size > limit for size in sizes)} of {len(rows)} questions make prompts of more than {limit} "
             f"tokens, the longest {sizes[longest]} ({rows[longest].question[:60]!r}); "
-            "raise rollout.max_prompt_tokens (--max-prompt-tokens) or leave them out"
+            "raise rollout.max_prompt_tokens (--max-prompt-tokens) or leave them out (rollout.long_prompts=skip)"
         )
     return prompts
+
+
+def without_long_prompts(policy: Policy, rows: Sequence[Row], limit: int) -> list[Row]:
+    """The rows whose prompts have at most `limit` tokens in both modes."""
+    return [row for row, size in zip(rows, _sizes(_render(policy, rows)), strict=True) if size <= limit]
+
+
+def _render(policy: Policy, rows: Sequence[Row]) -> list[tuple[list[int], list[int]]]:
+    return render_both(policy.tokenizer, [row.question for row in rows], policy.prompts)
+
+
+def _sizes(prompts: Sequence[tuple[list[int], list[int]]]) -> list[int]:
+    """Tokens of each question's longer prompt."""
+    return [max(map(len, pair)) for pair in prompts]
 
 
 def step_key(key: Key[Array, ""], step: int) -> Key[Array, ""]:

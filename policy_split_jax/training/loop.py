@@ -24,7 +24,14 @@ from policy_split_jax.model import qwen3
 from policy_split_jax.policy import Policy, copy_policy_files, load_model, load_policy
 from policy_split_jax.report.page import write_report
 from policy_split_jax.rewards import GraderPool
-from policy_split_jax.rollouts import Group, grade_groups, render_prompts, sample_groups, step_key
+from policy_split_jax.rollouts import (
+    Group,
+    grade_groups,
+    render_prompts,
+    sample_groups,
+    step_key,
+    without_long_prompts,
+)
 from policy_split_jax.sampler.batcher import EngineConfig, Sampling
 from policy_split_jax.sampler.rollout import Sampler
 from policy_split_jax.training.checkpoint import Checkpoints, latest_step, load_run
@@ -173,8 +180,7 @@ def train(config: RunConfig, *, must_resume: bool = False) -> Path:
     started_at = latest_step(folder / "checkpoints") or 0
     _check_folder(config, started_at, must_resume)
     policy, params = _source(config, started_at)
-    train_rows, test_rows = _rows(config)
-    render_prompts(policy, [*train_rows, *test_rows], config.rollout.max_prompt_tokens)
+    (train_rows, test_rows), skipped = _fitting(config, policy, _rows(config))
     iterator = make_iterator(train_rows, batch_size=config.rollout.questions_per_step, seed=config.train.seed)
     optimizer = make_optimizer(config.optimizer)
     start = partial(init_state, optimizer=optimizer, seed=config.train.seed, eta=float(config.advantage.eta))
@@ -198,6 +204,8 @@ def train(config: RunConfig, *, must_resume: bool = False) -> Path:
             else:
                 state = start(params)
             _announce(display, config, policy, started_at, len(train_rows), len(test_rows))
+            if skipped:
+                display.say(f"{skipped} questions left out: more than {config.rollout.max_prompt_tokens} prompt tokens")
             trainer = Trainer(
                 config=config,
                 policy=policy,
@@ -271,6 +279,20 @@ def _rows(config: RunConfig) -> tuple[list[Row], list[Row]]:
     train_rows = read(data.train, "train", data.train_size)
     test_rows = read(data.test, "test", data.test_size)
     return train_rows, test_rows[: config.eval.questions or None]
+
+
+def _fitting(
+    config: RunConfig, policy: Policy, splits: tuple[list[Row], list[Row]]
+) -> tuple[tuple[list[Row], list[Row]], int]:
+    """The rows whose prompts are short enough, and how many are not; UserError for those unless they are skipped."""
+    limit = config.rollout.max_prompt_tokens
+    if config.rollout.long_prompts == "error":
+        render_prompts(policy, [*splits[0], *splits[1]], limit)
+        return splits, 0
+    train_rows, test_rows = (without_long_prompts(policy, rows, limit) for rows in splits)
+    if not train_rows or not test_rows:
+        raise UserError(f"no question has a prompt of at most {limit} tokens; raise rollout.max_prompt_tokens")
+    return (train_rows, test_rows), sum(map(len, splits)) - len(train_rows) - len(test_rows)
 
 
 def _check_folder(config: RunConfig, started_at: int, must_resume: bool) -> None:

@@ -193,3 +193,31 @@ def test_seeds_differ(tmp_path):
 def test_the_aggregate_constant_divides_by_the_most_new_tokens(tmp_path):
     config = replace(small_run(tmp_path), loss=LossConfig(aggregate="constant"))
     assert (update_config(config).aggregate, update_config(config).max_new_tokens) == ("constant", 12)
+
+
+def test_questions_with_long_prompts_are_an_error_or_left_out_and_counted(tmp_path, capsys):
+    def write(name, questions):
+        lines = [json.dumps({"question": text, "answer": "1"}) + "\n" for text in questions]
+        (tmp_path / name).write_text("".join(lines))
+        return str(tmp_path / name)
+
+    short, long = "Make 35 from 3, 5, 4.", "Make 35 from 3, 5, 4." * 4
+    config = small_run(tmp_path / "runs", steps=1, sample_questions=2)
+    data = replace(
+        config.data, train=write("train.jsonl", [short, long, short]), test=write("test.jsonl", [short, long])
+    )
+    config = replace(config, data=data, reward=RewardConfig(grader="exact"))
+    with pytest.raises(UserError, match=r"2 of 5 questions make prompts of more than 48 tokens.*long_prompts=skip"):
+        train(config)
+    assert not config.folder.exists()
+
+    train(replace(config, rollout=replace(config.rollout, long_prompts="skip")))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "2 training and 1 test questions" in said
+    assert "2 questions left out: more than 48 prompt tokens" in said
+    assert {row["question"] for row in rows(config.folder, "samples.jsonl")} == {short}
+
+    nothing = replace(config, name="none", rollout=replace(config.rollout, long_prompts="skip", max_prompt_tokens=4))
+    with pytest.raises(UserError, match=r"no question has a prompt of at most 4 tokens; raise rollout\.max_prompt"):
+        train(nothing)
+    assert not nothing.folder.exists()

@@ -29,6 +29,8 @@ PURE_PATTERNS = (
     "training/update.py",
 )
 WORLDLY = {"model/huggingface.py"}
+# Needs an extra, and nothing imports it.
+APART = "policy_split_jax.sampler.jetstream"
 # The optimizer's settings; `config.py` may be imported by every room (it reads a file only when asked to).
 ALSO_ALLOWED = {"policy_split_jax", "policy_split_jax.config"}
 LIBRARIES = {
@@ -200,7 +202,13 @@ def test_importing_pure_modules_does_nothing(tmp_path):
 
 def test_importing_the_whole_package_starts_no_device(tmp_path):
     """Nor does it print, write a file or start a thread."""
-    everything = sorted(module_name(path) for path in PACKAGE.rglob("*.py"))
+    everything = sorted({module_name(path) for path in PACKAGE.rglob("*.py")} - {APART})
     seen = import_in_another_process(everything, tmp_path)
     assert seen["devices"] is False
     assert seen["threads"] == 1
+
+
+def test_nothing_imports_the_adapter_to_jetstream():
+    assert is_module(APART)
+    for path in PACKAGE.rglob("*.py"):
+        assert APART not in set(imported(ast.parse(path.read_text(encoding="utf-8")))), path

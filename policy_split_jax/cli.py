@@ -1,4 +1,4 @@
-"""The command line: `policy-split train | sft | sample | score | eval | export | report`."""
+"""The command line: `policy-split train | sft | sample | score | eval | serve | export | report`."""
 
 import argparse
 import os
@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "sample": commands.sample,
             "score": commands.score,
             "eval": commands.evaluate,
+            "serve": commands.serve,
             "export": commands.export,
             "report": commands.report,
         }[options.command]
@@ -193,7 +194,7 @@ def _serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     _model_options(parser)
     parser.add_argument("--name", help="of the model (default: its folder's name)")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all who reach it (default 127.0.0.1)")
-    parser.add_argument("--port", type=_count, default=8000, help="0 takes a free one (default 8000)")
+    parser.add_argument("--port", type=_port, default=8000, help="0 takes a free one (default 8000)")
     parser.add_argument("--max-new-tokens", type=_positive, default=2048, help="longest answer (default 2048)")
     parser.add_argument("--decode-steps", type=_positive, default=4, help="tokens between two messages (default 4)")
     _engine_options(parser)
@@ -236,6 +237,10 @@ def _positive(text: str) -> int:
 
 def _count(text: str) -> int:
     return _number(text, int, "at least 0", lambda value: value >= 0)
+
+
+def _port(text: str) -> int:
+    return _number(text, int, "from 0 to 65535", lambda value: 0 <= value < 2**16)
 
 
 def _seed(text: str) -> int:

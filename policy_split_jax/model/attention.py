@@ -22,8 +22,7 @@ def attention(
     kv_heads = keys.shape[2]
     grouped = queries.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     scores = jnp.einsum("btkgh,bskh->bkgts", grouped, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, _MASKED_SCORE)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    weights = _weights(scores, mask[:, None, None], head_dim).astype(values.dtype)
     mixed = jnp.einsum("bkgts,bskh->btkgh", weights, values)
     return mixed.reshape(batch, length, heads, head_dim)
 
@@ -39,10 +38,16 @@ def decode_attention(
     kv_heads = keys.shape[1]
     grouped = queries.reshape(batch, kv_heads, heads // kv_heads, head_dim)
     scores = jnp.einsum("bkgh,bkhs->bkgs", grouped, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, _MASKED_SCORE)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    weights = _weights(scores, visible[:, None, None], head_dim).astype(values.dtype)
     mixed = jnp.einsum("bkgs,bksh->bkgh", weights, values)
     return mixed.reshape(batch, 1, heads, head_dim)
+
+
+def _weights(
+    scores: Float[Array, "B K G *T S"], mask: Bool[Array, "B 1 1 *T S"], head_dim: int
+) -> Float[Array, "B K G *T S"]:
+    """softmax(scores / √H) over the keys that may be seen."""
+    return jax.nn.softmax(jnp.where(mask, scores * head_dim**-0.5, _MASKED_SCORE), axis=-1)
 
 
 def causal_mask(valid: Bool[Array, "B T"], segments: Int[Array, "B T"] | None = None) -> Bool[Array, "B T T"]:

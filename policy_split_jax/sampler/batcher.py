@@ -78,6 +78,15 @@ class Place(NamedTuple):
     index: int
 
 
+class _Kind(NamedTuple):
+    """Prompts of one kind are computed together."""
+
+    width: int
+    """The bucket of their own tokens."""
+    shared: tuple[int, ...]
+    """The tokens with which they all begin."""
+
+
 @dataclass(frozen=True)
 class _Request:
     """A prompt that has not been computed."""
@@ -86,11 +95,7 @@ class _Request:
     tokens: Sequence[int]
     keys: UInt32[np.ndarray, "N words"]
     sampling: Sampling
-    shared: int
-
-    def kind(self, limit: int) -> tuple[int, tuple[int, ...]]:
-        """Prompts of one kind are computed together: the bucket of their own tokens, and what they share."""
-        return bucket(len(self.tokens) - self.shared, limit), tuple(self.tokens[: self.shared])
+    kind: _Kind
 
 
 class _Waiting(NamedTuple):
@@ -163,9 +168,10 @@ class Batcher:
         keys = np.asarray(jax.random.key_data(prompt.keys))
         # The last token is never shared: every prompt needs one of its own.
         shared = min(prompt.shared, size - 1)
+        shared = shared if shared >= _SMALLEST_SHARED else 0
+        kind = _Kind(bucket(size - shared, self._max_prompt_tokens), tuple(prompt.tokens[:shared]))
         if len(keys):
-            shared = shared if shared >= _SMALLEST_SHARED else 0
-            self._requests.append(_Request(name, prompt.tokens, keys, sampling, shared))
+            self._requests.append(_Request(name, prompt.tokens, keys, sampling, kind))
 
     def step(self) -> list[tuple[Place, Rollout]]:
         """Fills free slots, decodes all for at most `decode_steps` steps; returns the rollouts that have ended."""
@@ -233,17 +239,16 @@ class Batcher:
 
     def _next_requests(self) -> list[_Request]:
         """The first request and those behind it that can be computed with it."""
-        limit = self._max_prompt_tokens
-        kind = self._requests[0].kind(limit)
-        chosen = list(islice((item for item in self._requests if item.kind(limit) == kind), _PREFILL_ROWS))
+        kind = self._requests[0].kind
+        chosen = list(islice((item for item in self._requests if item.kind == kind), _PREFILL_ROWS))
         names = set(map(id, chosen))
         self._requests = deque(item for item in self._requests if id(item) not in names)
         return chosen
 
     def _computed(self, requests: list[_Request]) -> Iterator[_Waiting]:
         """Every rollout of these requests; each prompt is computed once."""
-        width, shared = requests[0].kind(self._max_prompt_tokens)
-        rows = [request.tokens[request.shared :] for request in requests]
+        width, shared = requests[0].kind
+        rows = [request.tokens[len(shared) :] for request in requests]
         rows += [[0]] * (_quadruple(len(rows), 1, _PREFILL_ROWS) - len(rows))
         prefix = self._prefill(rows, width, self._shared_part(shared))
         for row, request in enumerate(requests):

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from policy_split_jax.config import MAX_SEED
 from policy_split_jax.modes import HIGH_ENTROPY, NORMAL
 
 HIGH_ENTROPY_SUFFIX = ":high-entropy"
@@ -33,7 +34,7 @@ class _Request(BaseModel):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
     """Not of the OpenAI API, but of most servers; 0 is off."""
-    seed: int | None = Field(None, ge=0, lt=2**32)
+    seed: int | None = Field(None, ge=0, le=MAX_SEED)
     stop: _Stop = []
     stream: bool = False
     stream_options: StreamOptions | None = None

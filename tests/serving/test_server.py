@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx
 import jax
@@ -258,8 +259,6 @@ BODY = {"model": "tiny", "messages": [{"role": "user", "content": QUESTION}], "m
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_vanishes_frees_its_slots(model, stream):
     """Nothing stops by itself here: the model's stop ids are replaced by none."""
-    from dataclasses import replace
-
     policy, params = model
     running = Running((replace(policy, stop_ids=(-1,)), params))
     try:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from policy_split_jax.model import qwen3
 from policy_split_jax.model.qwen3 import Params, Qwen3Config, init_params
 from policy_split_jax.sampler import engine
 from policy_split_jax.sampler.batcher import Batcher, EngineConfig, Prompt, Sampling
@@ -152,6 +153,7 @@ def decoding(
     prefix = engine.prefill(
         params, prompts, np.full(slots, length - steps), engine.no_prefix(config, jnp.float32), config=config
     )
+    weights = qwen3.decoding_weights(params, config=config)
     places = jnp.arange(slots)
     held = [
         engine.insert(prefix, engine.init_state(config, slots, length, steps, jnp.float32), places, places, request)
@@ -159,7 +161,7 @@ def decoding(
 
     def run() -> Any:
         again = held[0]._replace(positions=jnp.full(slots, length - steps - 1), lengths=jnp.zeros(slots, jnp.int32))
-        held[0] = engine.generate(params, again, jnp.array(NEVER), steps=steps, config=config)
+        held[0] = engine.generate(weights, again, jnp.array(NEVER), steps=steps, config=config)
         return held[0].tokens
 
     return run, held.clear

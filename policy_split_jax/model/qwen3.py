@@ -9,7 +9,7 @@ them, so that nobody builds logits of a whole batch by accident.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -305,34 +305,49 @@ def _continued(shared: Float[Array, "C K H"], own: Float[Array, "B T K H"]) -> F
     return jnp.concatenate([jnp.broadcast_to(shared, (own.shape[0], *shared.shape)), own], axis=1)
 
 
-def unstack_layers(params: Params, config: Qwen3Config, dtype: DTypeLike) -> list[Params]:
-    """The layers' weights one by one, cast: taken out before a decoding loop, so the loop slices nothing."""
-    layers = _cast(params["layers"], dtype)
-    return [jax.tree.map(lambda leaf, at=at: leaf[at], layers) for at in range(config.num_layers)]
+class DecodingWeights(NamedTuple):
+    """A policy as decoding reads it: of one type, and layer by layer, so that no step casts or slices."""
+
+    ends: Params
+    """What stands before and after the layers."""
+    layers: tuple[Params, ...]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The type of the weights, and of the activations."""
+        return self.ends["final_norm"]["scale"].dtype
+
+
+@partial(jax.jit, static_argnames=("config", "dtype"))
+def decoding_weights(params: Params, *, config: Qwen3Config, dtype: DTypeLike = jnp.float32) -> DecodingWeights:
+    """Made once a policy version."""
+    cast = _cast(params, dtype)
+    layers = cast.pop("layers")
+    return DecodingWeights(
+        cast, tuple(jax.tree.map(lambda leaf, at=at: leaf[at], layers) for at in range(config.num_layers))
+    )
 
 
 def decode(
-    params: Params,
-    layers: list[Params],
+    weights: DecodingWeights,
     cache: Cache,
     tokens: Int[Array, "B"],
     positions: Int[Array, "B"],
     *,
     config: Qwen3Config,
-    dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, "B D"], Cache]:
     """One token of each slot: its final hidden state and the cache with its keys and values.
 
-    `layers` comes from `unstack_layers`. The loop over layers is unrolled: see `model/cache.py`.
+    The loop over layers is unrolled: see `model/cache.py`.
     """
     rotary = rotary_embedding(positions[:, None], config.head_dim, config.rope_theta)
-    x = _embed(params, tokens[:, None], dtype)
+    x = _embed(weights.ends, tokens[:, None], weights.dtype)
     updated = []
-    for weights, layer_cache in zip(layers, cache, strict=True):
-        layer = nnx.merge(_layer_graph(config), weights)
+    for layer_weights, layer_cache in zip(weights.layers, cache, strict=True):
+        layer = nnx.merge(_layer_graph(config), layer_weights)
         x, layer_cache = layer(x, rotary, partial(attend_cached, layer_cache, positions))
         updated.append(layer_cache)
-    return _final_norm(params, x, config)[:, 0], tuple(updated)
+    return _final_norm(weights.ends, x, config)[:, 0], tuple(updated)
 
 
 def lm_head(params: Params, config: Qwen3Config) -> Float[Array, "D V"]:

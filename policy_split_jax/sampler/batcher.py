@@ -133,6 +133,7 @@ class Batcher:
         self._max_prompt_tokens = max_prompt_tokens
         self._max_new_tokens = max_new_tokens
         self._params = params
+        self._weights = qwen3.decoding_weights(params, config=config.model, dtype=config.dtype)
         self._stop_ids = jnp.array(sorted(config.stop_ids), jnp.int32)
         self._state: engine.DecodeState | None = None
         self._requests: deque[_Request] = deque()
@@ -179,12 +180,7 @@ class Batcher:
         if not self._running:
             return []
         state = engine.generate(
-            self._params,
-            state,
-            self._stop_ids,
-            steps=self._config.decode_steps,
-            config=self._config.model,
-            dtype=self._config.dtype,
+            self._weights, state, self._stop_ids, steps=self._config.decode_steps, config=self._config.model
         )
         self._state = state
         return self._collect(state)

@@ -154,18 +154,16 @@ def release(state: DecodeState, slots: Int[Array, "I"]) -> DecodeState:
     return state._replace(live=state.live.at[slots].set(False, mode="drop"))
 
 
-@partial(jax.jit, static_argnames=("steps", "config", "dtype"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("steps", "config"), donate_argnames="state")
 def generate(
-    params: qwen3.Params,
+    weights: qwen3.DecodingWeights,
     state: DecodeState,
     stop_ids: Int[Array, "E"],
     *,
     steps: int,
     config: qwen3.Qwen3Config,
-    dtype: DTypeLike = jnp.float32,
 ) -> DecodeState:
     """At most `steps` decode steps of every live slot; fewer when all have ended."""
-    layers = qwen3.unstack_layers(params, config, dtype)
 
     def unfinished(carry: tuple[Int[Array, ""], DecodeState]) -> Bool[Array, ""]:
         done, current = carry
@@ -173,10 +171,8 @@ def generate(
 
     def body(carry: tuple[Int[Array, ""], DecodeState]) -> tuple[Int[Array, ""], DecodeState]:
         done, current = carry
-        hidden, cache = qwen3.decode(
-            params, layers, current.cache, current.last_tokens, current.positions, config=config, dtype=dtype
-        )
-        logits = qwen3.logits(params, hidden, config)
+        hidden, cache = qwen3.decode(weights, current.cache, current.last_tokens, current.positions, config=config)
+        logits = qwen3.logits(weights.ends, hidden, config)
         keys = token_keys(current.keys, current.lengths)
         tokens, logprobs = sample(logits, keys, current.settings)
         return done + 1, _advance(current._replace(cache=cache), tokens, logprobs, stop_ids)

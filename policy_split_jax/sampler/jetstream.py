@@ -328,7 +328,8 @@ def _step(
     dtype: DTypeLike,
 ) -> tuple[engine.DecodeState, Int[Array, "B 3"]]:
     """One decode step, and what JetStream is told of each slot: a token, whether it is one, and how many there are."""
-    after = engine.generate(params, state, stop_ids, steps=1, config=config, dtype=dtype)
+    weights = qwen3.decoding_weights(params, config=config, dtype=dtype)
+    after = engine.generate(weights, state, stop_ids, steps=1, config=config)
     # An ended slot is beyond every limit: by the flag alone, JetStream's last state would send its token once more.
     made = jnp.where(state.live, after.lengths, _ENDED)
     return after, jnp.stack([after.last_tokens, state.live.astype(jnp.int32), made], axis=1)

@@ -54,7 +54,8 @@ def start(config, params):
 @pytest.fixture(scope="module")
 def run(config, params):
     def generate(state, steps=NEW, stop_ids=NEVER):
-        return jax.device_get(engine.generate(params, state, stop_ids, steps=steps, config=config))
+        weights = qwen3.decoding_weights(params, config=config)
+        return jax.device_get(engine.generate(weights, state, stop_ids, steps=steps, config=config))
 
     return generate
 
@@ -229,7 +230,8 @@ def test_bfloat16_cache_and_weights_sample_close_to_float32(config, params, plai
     state = engine.init_state(config, SLOTS, WIDTH + NEW, NEW, jnp.bfloat16)
     places = np.arange(SLOTS, dtype=np.int32)
     state = engine.insert(prefix, state, places, places, request(SLOTS))
-    state = engine.generate(params, state, NEVER, steps=1, config=config, dtype=jnp.bfloat16)
+    weights = qwen3.decoding_weights(params, config=config, dtype=jnp.bfloat16)
+    state = engine.generate(weights, state, NEVER, steps=1, config=config)
     assert {array.dtype for array in jax.tree.leaves(state.cache)} == {jnp.dtype(jnp.bfloat16)}
     assert state.logprobs.dtype == jnp.float32
     same = np.asarray(state.tokens[:, 0]) == plain.tokens[:, 0]

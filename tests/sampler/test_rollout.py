@@ -380,9 +380,9 @@ def test_decoding_reads_no_more_cache_than_the_longest_live_rollout_needs(config
     read = []
     generate = engine.generate
 
-    def seen(params, state, stop_ids, **settings):
+    def seen(weights, state, stop_ids, **settings):
         read.append((state.cache[0].length, int(jnp.max(jnp.where(state.live, state.positions, 0)))))
-        return generate(params, state, stop_ids, **settings)
+        return generate(weights, state, stop_ids, **settings)
 
     monkeypatch.setattr(engine, "generate", seen)
     results = sampler(params, prompts, [Sampling(limit) for limit in limits])

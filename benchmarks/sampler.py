@@ -50,6 +50,12 @@ def random_prompts(config: Qwen3Config, count: int, length: int, samples: int = 
     return [Prompt(row, keys[at]) for at, row in enumerate(tokens)]
 
 
+def long_tailed(count: int) -> list[int]:
+    """New tokens of each request: lognormal, mean 64, at most 512."""
+    draws = np.random.default_rng(0).lognormal(sigma=1.0, size=count)
+    return np.clip(np.round(draws / draws.mean() * 64), 1, 512).astype(int).tolist()
+
+
 def equal(rounds: int) -> None:
     """64 prompts of 32 tokens, 64 new tokens each: tokens a second, and transformers' `generate`."""
     print("| 64 prompts x (32 + 64) tokens | ours, tokens/s | transformers, tokens/s | ratio |\n|---|---|---|---|")
@@ -176,8 +182,7 @@ def free_running(slots: int) -> engine.SlotRequest:
 def tails(rounds: int) -> None:
     """256 requests of long-tailed lengths (lognormal, mean 64, at most 512) on 32 slots."""
     config, slots = SMALL, 32
-    draws = np.random.default_rng(0).lognormal(sigma=1.0, size=256)
-    sizes = np.clip(np.round(draws / draws.mean() * 64), 1, 512).astype(int).tolist()
+    sizes = long_tailed(256)
     prompts = random_prompts(config, len(sizes), 32)
     params = init_params(config, jax.random.key(0))
     sampler = Sampler(EngineConfig(config, NEVER, slots), max_prompt_tokens=32)

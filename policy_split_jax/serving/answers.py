@@ -102,7 +102,7 @@ class Answer:
         if not self.with_logprobs:
             return {"logprobs": None}
         if self.kind == "text":
-            return {"logprobs": {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": []}}
+            return {"logprobs": {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": None}}
         content = [
             {"token": token, "logprob": logprob, "bytes": list(token.encode()), "top_logprobs": []}
             for token, logprob in zip(tokens, logprobs, strict=True)

@@ -28,7 +28,7 @@ from policy_split_jax.model.qwen3 import Params, Qwen3Config, init_params
 def compare(config: Qwen3Config, slots: int, length: int, steps: int, rounds: int) -> None:
     """Prints the table of the four ways."""
     params = init_params(config, jax.random.key(0))
-    weights = qwen3.decoding_weights(params, config=config)
+    weights = qwen3.sampling_weights(params, config=config)
     ours = init_cache(config.num_layers, slots, length, config.num_kv_heads, config.head_dim, jnp.float32)
     stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *ours)
     plain = tuple(jax.tree.map(lambda values: values.reshape(slots, length, -1, config.head_dim), ours))
@@ -79,7 +79,7 @@ def held_run(decode: Decode, weights: Any, cache: Any, slots: int, length: int, 
 
 
 def decode_positions_first(
-    config: Qwen3Config, weights: qwen3.DecodingWeights, cache: Any, tokens: Array, positions: Array
+    config: Qwen3Config, weights: qwen3.SamplingWeights, cache: Any, tokens: Array, positions: Array
 ) -> tuple[Array, Any]:
     """The engine's step on keys and values of [slot, position, head, size]."""
     rows = jnp.arange(tokens.shape[0])

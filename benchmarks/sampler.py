@@ -156,10 +156,10 @@ def decoding(
     """A call of `generate` that makes `steps` tokens in every slot, again and again at the cache's end."""
     request = free_running(slots)
     prompts = np.ones((slots, length - steps), np.int32)
+    weights = qwen3.sampling_weights(params, config=config)
     prefix = engine.prefill(
-        params, prompts, np.full(slots, length - steps), engine.no_prefix(config, jnp.float32), config=config
+        weights, prompts, np.full(slots, length - steps), engine.no_prefix(config, jnp.float32), config=config
     )
-    weights = qwen3.decoding_weights(params, config=config)
     places = jnp.arange(slots)
     held = [
         engine.insert(prefix, engine.init_state(config, slots, length, steps, jnp.float32), places, places, request)
@@ -227,7 +227,7 @@ def prefill(rounds: int) -> None:
     prompts, slots = 2 * rows, 2 * rows * samples
     params = init_params(config, jax.random.key(0))
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=(prompts, length))
-    nothing = engine.no_prefix(config, jnp.float32)
+    weights, nothing = qwen3.sampling_weights(params, config=config), engine.no_prefix(config, jnp.float32)
     requests = {share: free_running(rows * share) for share in (1, samples)}
     state = [engine.init_state(config, slots, length + 1, 1, jnp.float32)]
 
@@ -235,7 +235,7 @@ def prefill(rounds: int) -> None:
         """Each prompt computed `times` times, for its share of the slots."""
         for start in range(0, prompts * times, rows):
             chosen = np.arange(start, start + rows) // times
-            prefix = engine.prefill(params, tokens[chosen], np.full(rows, length), nothing, config=config)
+            prefix = engine.prefill(weights, tokens[chosen], np.full(rows, length), nothing, config=config)
             share = samples // times
             places = np.repeat(np.arange(rows), share)
             own = start * share + np.arange(rows * share)

@@ -17,11 +17,11 @@ from jaxtyping import Array, Float, Int
 from policy_split_jax.model.attention import decode_attention
 
 
-class PromptCache(NamedTuple):
-    """Keys and values of computed prompts, all layers together."""
+class PromptLayer(NamedTuple):
+    """Keys and values of computed prompts in one layer."""
 
-    keys: Float[Array, "L *rows S K H"]
-    values: Float[Array, "L *rows S K H"]
+    keys: Float[Array, "*rows S K H"]
+    values: Float[Array, "*rows S K H"]
 
 
 class LayerCache(NamedTuple):
@@ -37,6 +37,7 @@ class LayerCache(NamedTuple):
 
 
 Cache = tuple[LayerCache, ...]
+PromptCache = tuple[PromptLayer, ...]
 
 
 def init_cache(layers: int, slots: int, length: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> Cache:
@@ -59,13 +60,11 @@ def resize_cache(cache: Cache, length: int) -> Cache:
     )
 
 
-def insert_prompt(
-    cache: LayerCache, prompt: PromptCache, layer: int, rows: Int[Array, "I"], slots: Int[Array, "I"]
-) -> LayerCache:
-    """Copies one layer of row `rows[i]` of the prompts into slot `slots[i]`; a slot out of range is dropped."""
+def insert_prompt(cache: LayerCache, prompt: PromptLayer, rows: Int[Array, "I"], slots: Int[Array, "I"]) -> LayerCache:
+    """Copies row `rows[i]` of the prompts into slot `slots[i]`; a slot out of range is dropped."""
     # A prompt may be padded beyond the cache.
-    width = min(prompt.keys.shape[2], cache.length)
-    keys, values = prompt.keys[layer, rows, :width], prompt.values[layer, rows, :width]
+    width = min(prompt.keys.shape[1], cache.length)
+    keys, values = prompt.keys[rows, :width], prompt.values[rows, :width]
     return LayerCache(
         cache.keys.at[slots, :, :, :width].set(keys.transpose(0, 2, 3, 1), mode="drop"),
         cache.values.at[slots, :, :width].set(values.transpose(0, 2, 1, 3), mode="drop"),

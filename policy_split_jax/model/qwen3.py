@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from policy_split_jax.model.attention import attention, causal_mask
-from policy_split_jax.model.cache import Cache, PromptCache, attend_cached
+from policy_split_jax.model.cache import Cache, PromptCache, PromptLayer, attend_cached
 
 Params = Mapping[str, Any]
 Rotary = tuple[Float[Array, "B T 1 J"], Float[Array, "B T 1 J"]]
@@ -268,45 +268,8 @@ def forward(
     return _final_norm(params, x, config)
 
 
-def prefill(
-    params: Params,
-    tokens: Int[Array, "B T"],
-    shared: PromptCache,
-    *,
-    config: Qwen3Config,
-    dtype: DTypeLike = jnp.float32,
-) -> PromptCache:
-    """Keys and values of right-padded prompts, each array stacked over layers [L, B, C + T, K, H].
-
-    All prompts continue the same C tokens, whose keys and values are `shared` [L, C, K, H]. What follows a
-    prompt's true length is garbage that decoding never sees.
-    """
-    rows, width = tokens.shape
-    before = shared.keys.shape[1]
-    positions = jnp.broadcast_to(before + jnp.arange(width), tokens.shape)
-    rotary = rotary_embedding(positions, config.head_dim, config.rope_theta)
-    own = causal_mask(jnp.ones(tokens.shape, bool))
-    mask = jnp.concatenate([jnp.ones((rows, width, before), bool), own], axis=-1)
-
-    def block(x: Array, inputs: tuple[Params, PromptCache]) -> tuple[Array, PromptCache]:
-        weights, start = inputs
-
-        def attend(queries: Array, keys: Array, values: Array) -> tuple[Array, PromptCache]:
-            full = PromptCache(_continued(start.keys, keys), _continued(start.values, values))
-            return attention(queries, full.keys, full.values, mask), full
-
-        return nnx.merge(_layer_graph(config), _cast(weights, dtype))(x, rotary, attend)
-
-    _, kept = jax.lax.scan(block, _embed(params, tokens, dtype), (params["layers"], shared))
-    return kept
-
-
-def _continued(shared: Float[Array, "C K H"], own: Float[Array, "B T K H"]) -> Float[Array, "B S K H"]:
-    return jnp.concatenate([jnp.broadcast_to(shared, (own.shape[0], *shared.shape)), own], axis=1)
-
-
-class DecodingWeights(NamedTuple):
-    """A policy as decoding reads it: of one type, and layer by layer, so that no step casts or slices."""
+class SamplingWeights(NamedTuple):
+    """A policy as the sampler reads it: of one type, and layer by layer, so that no step casts or slices."""
 
     ends: Params
     """What stands before and after the layers."""
@@ -319,17 +282,51 @@ class DecodingWeights(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("config", "dtype"))
-def decoding_weights(params: Params, *, config: Qwen3Config, dtype: DTypeLike = jnp.float32) -> DecodingWeights:
+def sampling_weights(params: Params, *, config: Qwen3Config, dtype: DTypeLike = jnp.float32) -> SamplingWeights:
     """Made once a policy version."""
     cast = _cast(params, dtype)
     layers = cast.pop("layers")
-    return DecodingWeights(
+    return SamplingWeights(
         cast, tuple(jax.tree.map(lambda leaf, at=at: leaf[at], layers) for at in range(config.num_layers))
     )
 
 
+def prefill(
+    weights: SamplingWeights,
+    tokens: Int[Array, "B T"],
+    shared: PromptCache,
+    *,
+    config: Qwen3Config,
+) -> PromptCache:
+    """Keys and values of right-padded prompts, of each layer [B, C + T, K, H].
+
+    All prompts continue the same C tokens, whose keys and values are `shared`, of each layer [C, K, H]. What
+    follows a prompt's true length is garbage that decoding never sees.
+    """
+    rows, width = tokens.shape
+    before = shared[0].keys.shape[0]
+    positions = jnp.broadcast_to(before + jnp.arange(width), tokens.shape)
+    rotary = rotary_embedding(positions, config.head_dim, config.rope_theta)
+    own = causal_mask(jnp.ones(tokens.shape, bool))
+    mask = jnp.concatenate([jnp.ones((rows, width, before), bool), own], axis=-1)
+
+    def attend(start: PromptLayer, queries: Array, keys: Array, values: Array) -> tuple[Array, PromptLayer]:
+        full = PromptLayer(_continued(start.keys, keys), _continued(start.values, values))
+        return attention(queries, full.keys, full.values, mask), full
+
+    x, kept = _embed(weights.ends, tokens, weights.dtype), []
+    for layer_weights, start in zip(weights.layers, shared, strict=True):
+        x, full = nnx.merge(_layer_graph(config), layer_weights)(x, rotary, partial(attend, start))
+        kept.append(full)
+    return tuple(kept)
+
+
+def _continued(shared: Float[Array, "C K H"], own: Float[Array, "B T K H"]) -> Float[Array, "B S K H"]:
+    return jnp.concatenate([jnp.broadcast_to(shared, (own.shape[0], *shared.shape)), own], axis=1)
+
+
 def decode(
-    weights: DecodingWeights,
+    weights: SamplingWeights,
     cache: Cache,
     tokens: Int[Array, "B"],
     positions: Int[Array, "B"],

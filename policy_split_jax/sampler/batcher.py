@@ -132,8 +132,7 @@ class Batcher:
         self._config = config
         self._max_prompt_tokens = max_prompt_tokens
         self._max_new_tokens = max_new_tokens
-        self._params = params
-        self._weights = qwen3.decoding_weights(params, config=config.model, dtype=config.dtype)
+        self._weights = qwen3.sampling_weights(params, config=config.model, dtype=config.dtype)
         self._stop_ids = jnp.array(sorted(config.stop_ids), jnp.int32)
         self._state: engine.DecodeState | None = None
         self._requests: deque[_Request] = deque()
@@ -258,9 +257,7 @@ class Batcher:
 
     def _prefill(self, rows: Sequence[Sequence[int]], width: int, shared: PromptCache) -> engine.Prefix:
         config = self._config
-        return engine.prefill(
-            self._params, pad_right(rows, width), lengths(rows), shared, config=config.model, dtype=config.dtype
-        )
+        return engine.prefill(self._weights, pad_right(rows, width), lengths(rows), shared, config=config.model)
 
     def _sized(self) -> engine.DecodeState:
         """The slots with a cache as long as the longest rollout in them needs."""

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from policy_split_jax.model import qwen3
-from policy_split_jax.model.cache import Cache, PromptCache, init_cache, insert_prompt, resize_cache
+from policy_split_jax.model.cache import Cache, PromptCache, PromptLayer, init_cache, insert_prompt, resize_cache
 from policy_split_jax.sampler.sampling import SamplingSettings, sample, token_keys
 
 
@@ -23,7 +23,7 @@ class Prefix(NamedTuple):
     """The computed prompts of R rows."""
 
     kv: PromptCache
-    """Keys and values of all layers, [L, R, S, K, H]."""
+    """Keys and values, of each layer [R, S, K, H]."""
     last_tokens: Int[Array, "R"]
     true_lengths: Int[Array, "R"]
     """Tokens of the prompts, the shared ones included."""
@@ -88,33 +88,32 @@ def resize(state: DecodeState, cache_length: int) -> DecodeState:
 
 def no_prefix(config: qwen3.Qwen3Config, dtype: DTypeLike) -> PromptCache:
     """What `prefill` continues from where prompts share nothing."""
-    empty = jnp.zeros((config.num_layers, 0, config.num_kv_heads, config.head_dim), dtype)
-    return PromptCache(empty, empty)
+    empty = jnp.zeros((0, config.num_kv_heads, config.head_dim), dtype)
+    return (PromptLayer(empty, empty),) * config.num_layers
 
 
 def shared_prefix(prefix: Prefix) -> PromptCache:
     """The keys and values of a prefix of one full row, for prompts that begin with it."""
-    return PromptCache(prefix.kv.keys[:, 0], prefix.kv.values[:, 0])
+    return jax.tree.map(lambda leaf: leaf[0], prefix.kv)
 
 
-@partial(jax.jit, static_argnames=("config", "dtype"))
+@partial(jax.jit, static_argnames="config")
 def prefill(
-    params: qwen3.Params,
+    weights: qwen3.SamplingWeights,
     tokens: Int[Array, "R S"],
     true_lengths: Int[Array, "R"],
     shared: PromptCache,
     *,
     config: qwen3.Qwen3Config,
-    dtype: DTypeLike = jnp.float32,
 ) -> Prefix:
     """Computes right-padded prompts, or what follows the beginning that they all share.
 
-    `shared` holds that beginning's keys and values, [L, C, K, H]; `true_lengths` counts `tokens` alone. Every
-    prompt has at least one token of its own.
+    `shared` holds that beginning's keys and values, of each layer [C, K, H]; `true_lengths` counts `tokens`
+    alone. Every prompt has at least one token of its own.
     """
     last = jnp.take_along_axis(tokens, true_lengths[:, None] - 1, axis=1)[:, 0]
-    kv = qwen3.prefill(params, tokens, shared, config=config, dtype=dtype)
-    return Prefix(kv, last, true_lengths + shared.keys.shape[1])
+    kv = qwen3.prefill(weights, tokens, shared, config=config)
+    return Prefix(kv, last, true_lengths + shared[0].keys.shape[0])
 
 
 @partial(jax.jit, donate_argnames="state")
@@ -134,7 +133,9 @@ def insert(
     def put(slot_values: Array, values: Array) -> Array:
         return slot_values.at[slots].set(values, mode="drop")
 
-    cache = tuple(insert_prompt(layer, prefix.kv, at, rows, slots) for at, layer in enumerate(state.cache))
+    cache = tuple(
+        insert_prompt(layer, prompt, rows, slots) for layer, prompt in zip(state.cache, prefix.kv, strict=True)
+    )
     return state._replace(
         cache=cache,
         last_tokens=put(state.last_tokens, prefix.last_tokens[rows]),
@@ -156,7 +157,7 @@ def release(state: DecodeState, slots: Int[Array, "I"]) -> DecodeState:
 
 @partial(jax.jit, static_argnames=("steps", "config"), donate_argnames="state")
 def generate(
-    weights: qwen3.DecodingWeights,
+    weights: qwen3.SamplingWeights,
     state: DecodeState,
     stop_ids: Int[Array, "E"],
     *,

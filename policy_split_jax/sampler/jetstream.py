@@ -158,7 +158,7 @@ class JetStreamEngine(engine_api.Engine):
         if not 1 <= max_prompt_tokens < _LONGEST:
             raise ValueError(f"max_prompt_tokens is {max_prompt_tokens}; JetStream takes 1 to {_LONGEST - 1}")
         self._policy = policy
-        self._params = params
+        self._weights = qwen3.sampling_weights(params, config=policy.config, dtype=dtype)
         self._sampling = sampling
         self._slots = slots
         self._max_prompt_tokens = max_prompt_tokens
@@ -170,7 +170,7 @@ class JetStreamEngine(engine_api.Engine):
     def prefill(
         self,
         *,
-        params: qwen3.Params,
+        params: qwen3.SamplingWeights,
         existing_prefix: Any = None,
         padded_tokens: Tokens,
         true_length: int,
@@ -185,7 +185,7 @@ class JetStreamEngine(engine_api.Engine):
     def prefill_multisampling(
         self,
         *,
-        params: qwen3.Params,
+        params: qwen3.SamplingWeights,
         existing_prefix: Any = None,
         padded_tokens: Tokens,
         true_length: int,
@@ -212,7 +212,7 @@ class JetStreamEngine(engine_api.Engine):
         return _put(prefix, decode_state, jnp.array(slots, jnp.int32))
 
     def generate(
-        self, params: qwen3.Params, decode_state: engine.DecodeState, sampler: Any = None
+        self, params: qwen3.SamplingWeights, decode_state: engine.DecodeState, sampler: Any = None
     ) -> tuple[engine.DecodeState, engine_api.ResultTokens]:
         """One token of every slot that has not ended. `decode_state` is donated."""
         _refuse(sampler=sampler)
@@ -223,8 +223,8 @@ class JetStreamEngine(engine_api.Engine):
         """Empty slots."""
         return self._empty(self._slots)
 
-    def load_params(self) -> qwen3.Params:
-        return self._params
+    def load_params(self) -> qwen3.SamplingWeights:
+        return self._weights
 
     def get_tokenizer(self) -> Any:
         """What JetStream hands to `build_tokenizer`, which has no need of it."""
@@ -271,7 +271,7 @@ class JetStreamEngine(engine_api.Engine):
         return engine.init_state(self._policy.config, slots, self._max_prompt_tokens + new, new, self._dtype)
 
     def _prefill(
-        self, params: qwen3.Params, padded_tokens: Tokens, true_length: int, samples: int
+        self, params: qwen3.SamplingWeights, padded_tokens: Tokens, true_length: int, samples: int
     ) -> engine.DecodeState:
         """Slots that hold the prompt; a prompt that cannot be taken leaves them at their end, with no tokens."""
         prompt = self._prompt(padded_tokens, true_length)
@@ -279,13 +279,15 @@ class JetStreamEngine(engine_api.Engine):
         width = bucket(len(rows[0]), self._max_prompt_tokens)
         config, dtype = self._policy.config, self._dtype
         nothing = engine.no_prefix(config, dtype)
-        prefix = engine.prefill(params, pad_right(rows, width), lengths(rows), nothing, config=config, dtype=dtype)
+        prefix = engine.prefill(params, pad_right(rows, width), lengths(rows), nothing, config=config)
         request = self._slot_request(samples, self._sampling.max_new_tokens if prompt else 0)
         slots = jnp.arange(samples)
         return engine.insert(prefix, self._empty(samples), jnp.zeros_like(slots), slots, request)
 
-    def _step(self, params: qwen3.Params, state: engine.DecodeState) -> tuple[engine.DecodeState, Int[Array, "B 3"]]:
-        return _step(params, state, self._stop_ids, config=self._policy.config, dtype=self._dtype)
+    def _step(
+        self, params: qwen3.SamplingWeights, state: engine.DecodeState
+    ) -> tuple[engine.DecodeState, Int[Array, "B 3"]]:
+        return _step(params, state, self._stop_ids, config=self._policy.config)
 
     def _prompt(self, padded_tokens: Tokens, true_length: int) -> list[int]:
         """The prompt's own tokens; none where the engine cannot take it."""
@@ -318,18 +320,16 @@ def _put(prefix: engine.DecodeState, state: engine.DecodeState, slots: Int[Array
     return jax.tree.map(lambda into, values: into.at[slots].set(values), state, prefix)
 
 
-@partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="state")
+@partial(jax.jit, static_argnames="config", donate_argnames="state")
 def _step(
-    params: qwen3.Params,
+    params: qwen3.SamplingWeights,
     state: engine.DecodeState,
     stop_ids: Int[Array, "E"],
     *,
     config: qwen3.Qwen3Config,
-    dtype: DTypeLike,
 ) -> tuple[engine.DecodeState, Int[Array, "B 3"]]:
     """One decode step, and what JetStream is told of each slot: a token, whether it is one, and how many there are."""
-    weights = qwen3.decoding_weights(params, config=config, dtype=dtype)
-    after = engine.generate(weights, state, stop_ids, steps=1, config=config)
+    after = engine.generate(params, state, stop_ids, steps=1, config=config)
     # An ended slot is beyond every limit: by the flag alone, JetStream's last state would send its token once more.
     made = jnp.where(state.live, after.lengths, _ENDED)
     return after, jnp.stack([after.last_tokens, state.live.astype(jnp.int32), made], axis=1)

@@ -34,7 +34,8 @@ def request(slots, temperature=1.0, limits=NEW, top_k=0):
 def compute(params, tokens, config, dtype=jnp.float32):
     """The prefix of PROMPTS, which share nothing."""
     shared = engine.no_prefix(config, dtype)
-    return engine.prefill(params, tokens, lengths(PROMPTS), shared, config=config, dtype=dtype)
+    weights = qwen3.sampling_weights(params, config=config, dtype=dtype)
+    return engine.prefill(weights, tokens, lengths(PROMPTS), shared, config=config)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def start(config, params):
 @pytest.fixture(scope="module")
 def run(config, params):
     def generate(state, steps=NEW, stop_ids=NEVER):
-        weights = qwen3.decoding_weights(params, config=config)
+        weights = qwen3.sampling_weights(params, config=config)
         return jax.device_get(engine.generate(weights, state, stop_ids, steps=steps, config=config))
 
     return generate
@@ -230,7 +231,7 @@ def test_bfloat16_cache_and_weights_sample_close_to_float32(config, params, plai
     state = engine.init_state(config, SLOTS, WIDTH + NEW, NEW, jnp.bfloat16)
     places = np.arange(SLOTS, dtype=np.int32)
     state = engine.insert(prefix, state, places, places, request(SLOTS))
-    weights = qwen3.decoding_weights(params, config=config, dtype=jnp.bfloat16)
+    weights = qwen3.sampling_weights(params, config=config, dtype=jnp.bfloat16)
     state = engine.generate(weights, state, NEVER, steps=1, config=config)
     assert {array.dtype for array in jax.tree.leaves(state.cache)} == {jnp.dtype(jnp.bfloat16)}
     assert state.logprobs.dtype == jnp.float32
@@ -245,15 +246,16 @@ def test_prompts_that_continue_a_shared_beginning_equal_whole_prompts(config, pa
     beginning = [60, 61, 62, 7, 60]
     whole = [beginning + prompt for prompt in PROMPTS]
     nothing = engine.no_prefix(config, jnp.float32)
-    expected = engine.prefill(params, pad_right(whole, 16), lengths(whole), nothing, config=config)
-    first = engine.prefill(params, np.array([beginning]), np.array([len(beginning)]), nothing, config=config)
+    weights = qwen3.sampling_weights(params, config=config)
+    expected = engine.prefill(weights, pad_right(whole, 16), lengths(whole), nothing, config=config)
+    first = engine.prefill(weights, np.array([beginning]), np.array([len(beginning)]), nothing, config=config)
     shared = engine.shared_prefix(first)
-    prefix = engine.prefill(params, pad_right(PROMPTS, WIDTH), lengths(PROMPTS), shared, config=config)
+    prefix = engine.prefill(weights, pad_right(PROMPTS, WIDTH), lengths(PROMPTS), shared, config=config)
     np.testing.assert_array_equal(prefix.true_lengths, lengths(whole))
     np.testing.assert_array_equal(prefix.last_tokens, expected.last_tokens)
     for row, prompt in enumerate(whole):
-        for ours, theirs in zip(prefix.kv, expected.kv, strict=True):
-            np.testing.assert_allclose(ours[:, row, : len(prompt)], theirs[:, row, : len(prompt)], **CLOSE)
+        for ours, theirs in zip(*map(jax.tree.leaves, (prefix.kv, expected.kv)), strict=True):
+            np.testing.assert_allclose(ours[row, : len(prompt)], theirs[row, : len(prompt)], **CLOSE)
 
 
 def test_the_length_of_the_cache_changes_nothing(start, run, plain):

@@ -297,9 +297,9 @@ def test_each_prompt_is_prefilled_once(params, make, monkeypatch):
     seen = []
     prefill = engine.prefill
 
-    def counted(params, tokens, true_lengths, shared, **settings):
+    def counted(weights, tokens, true_lengths, shared, **settings):
         seen.extend(tuple(row[:size].tolist()) for row, size in zip(tokens, true_lengths, strict=True))
-        return prefill(params, tokens, true_lengths, shared, **settings)
+        return prefill(weights, tokens, true_lengths, shared, **settings)
 
     monkeypatch.setattr(engine, "prefill", counted)
     texts = [*TEXTS, list(range(1, 21)), *([at, at] for at in range(20, 40))]
@@ -341,9 +341,9 @@ def test_rollouts_do_not_depend_on_a_shared_beginning(params, make, monkeypatch,
     widths = []
     prefill = engine.prefill
 
-    def seen(params, tokens, true_lengths, shared, **settings):
-        widths.append((tokens.shape[1], shared.keys.shape[1]))
-        return prefill(params, tokens, true_lengths, shared, **settings)
+    def seen(weights, tokens, true_lengths, shared, **settings):
+        widths.append((tokens.shape[1], shared[0].keys.shape[0]))
+        return prefill(weights, tokens, true_lengths, shared, **settings)
 
     monkeypatch.setattr(engine, "prefill", seen)
     sampler = make()

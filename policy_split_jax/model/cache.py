@@ -6,10 +6,8 @@ of the keys, since a query meets all of them, and the last but one of the values
 then reads memory in its order (docs/performance.md).
 """
 
-from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -46,7 +44,6 @@ def init_cache(layers: int, slots: int, length: int, kv_heads: int, head_dim: in
     return tuple(LayerCache(jnp.zeros(keys, dtype), jnp.zeros(values, dtype)) for _ in range(layers))
 
 
-@partial(jax.jit, static_argnames="length")
 def resize_cache(cache: Cache, length: int) -> Cache:
     """The same entries in a longer or shorter cache."""
     kept = min(length, cache[0].length)

@@ -14,11 +14,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from policy_split_jax.model.attention import attention, causal_mask
 from policy_split_jax.model.cache import Cache, PromptCache, PromptLayer, attend_cached
+from policy_split_jax.model.sharding import (
+    BATCH,
+    SAMPLING_RULES,
+    TRAINING_RULES,
+    Rules,
+    constrain,
+    named_shardings,
+    pinned,
+)
 
 Params = Mapping[str, Any]
 Rotary = tuple[Float[Array, "B T 1 J"], Float[Array, "B T 1 J"]]
@@ -67,7 +77,7 @@ class Norm(nnx.Module):
     """RMS normalisation over the model dimension."""
 
     def __init__(self, config: Qwen3Config):
-        self.scale = _scale(config.hidden_size, "embed")
+        self.scale = _scale(config.hidden_size, "norm")
         self.eps = config.rms_norm_eps
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -206,7 +216,7 @@ def abstract_params(config: Qwen3Config) -> dict[str, Any]:
 
 
 def logical_axes(config: Qwen3Config) -> dict[str, Any]:
-    """The parameter tree with each array's logical axes: vocab, embed, heads, kv_heads, head_dim, mlp, layers."""
+    """The parameter tree with each array's logical axes: vocab, embed, norm, heads, kv_heads, head_dim, mlp, layers."""
 
     def axes(module: Callable[[], nnx.Module], prefix: tuple[str, ...]) -> dict[str, Any]:
         state = nnx.state(nnx.eval_shape(module))
@@ -221,8 +231,28 @@ def logical_axes(config: Qwen3Config) -> dict[str, Any]:
     return {**ends, "layers": axes(lambda: Layer(config, nnx.Rngs(0)), ("layers",))}
 
 
-def _embed(params: Params, tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
-    return params["embed"]["embedding"][tokens].astype(dtype)
+def param_shardings(config: Qwen3Config, mesh: Mesh, rules: Rules = TRAINING_RULES) -> dict[str, Any]:
+    """Where each parameter lies. Raises ValueError where the mesh does not divide an axis."""
+    for size, axis, name in (
+        (config.num_kv_heads, "tp", "key and value heads"),
+        (config.intermediate_size, "tp", "hidden units"),
+        (config.vocab_size, "tp", "tokens of the vocabulary"),
+        (config.hidden_size, "fsdp", "model dimensions"),
+    ):
+        if size % mesh.shape[axis]:
+            raise ValueError(f"mesh.{axis} ({mesh.shape[axis]}) must divide the model's {size} {name}")
+    return named_shardings(logical_axes(config), mesh, rules)
+
+
+def _embed(params: Params, tokens: Int[Array, "B T"], dtype: DTypeLike, mesh: Mesh | None) -> Float[Array, "B T D"]:
+    # Whole rows on every device: looked up in slices, they would have to change places with the sequences.
+    table = constrain(params["embed"]["embedding"].astype(dtype), mesh, "tp", None)
+    return _residual(table[tokens], mesh)
+
+
+def _residual(x: Float[Array, "B T D"], mesh: Mesh | None) -> Float[Array, "B T D"]:
+    """What runs through the layers is divided by sequences alone."""
+    return constrain(x, mesh, BATCH, None, None)
 
 
 def _cast(params: Any, dtype: DTypeLike) -> Any:
@@ -243,6 +273,7 @@ def forward(
     segments: Int[Array, "B T"] | None = None,
     dtype: DTypeLike = jnp.float32,
     remat: str = "none",
+    mesh: Mesh | None = None,
 ) -> Float[Array, "B T D"]:
     """Final hidden states of whole sequences, for training and scoring.
 
@@ -262,9 +293,10 @@ def forward(
     @partial(jax.checkpoint, policy=REMAT_POLICIES[remat])
     def block(x: Array, weights: Params) -> tuple[Array, None]:
         layer = nnx.merge(_layer_graph(config), _cast(weights, dtype))
-        return layer(x, rotary, attend)
+        x, kept = layer(x, rotary, attend)
+        return _residual(x, mesh), kept
 
-    x, _ = jax.lax.scan(block, _embed(params, tokens, dtype), params["layers"])
+    x, _ = jax.lax.scan(block, _embed(params, tokens, dtype, mesh), params["layers"])
     return _final_norm(params, x, config)
 
 
@@ -281,10 +313,13 @@ class SamplingWeights(NamedTuple):
         return self.ends["final_norm"]["scale"].dtype
 
 
-@partial(jax.jit, static_argnames=("config", "dtype"))
-def sampling_weights(params: Params, *, config: Qwen3Config, dtype: DTypeLike = jnp.float32) -> SamplingWeights:
-    """Made once a policy version."""
+@partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
+def sampling_weights(
+    params: Params, *, config: Qwen3Config, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None
+) -> SamplingWeights:
+    """Made once a policy version. On a mesh they lie by `SAMPLING_RULES`."""
     cast = _cast(params, dtype)
+    cast = pinned(cast, mesh and param_shardings(config, mesh, SAMPLING_RULES))
     layers = cast.pop("layers")
     return SamplingWeights(
         cast, tuple(jax.tree.map(lambda leaf, at=at: leaf[at], layers) for at in range(config.num_layers))
@@ -297,6 +332,7 @@ def prefill(
     shared: PromptCache,
     *,
     config: Qwen3Config,
+    mesh: Mesh | None = None,
 ) -> PromptCache:
     """Keys and values of right-padded prompts, of each layer [B, C + T, K, H].
 
@@ -314,9 +350,10 @@ def prefill(
         full = PromptLayer(_continued(start.keys, keys), _continued(start.values, values))
         return attention(queries, full.keys, full.values, mask), full
 
-    x, kept = _embed(weights.ends, tokens, weights.dtype), []
+    x, kept = _embed(weights.ends, tokens, weights.dtype, mesh), []
     for layer_weights, start in zip(weights.layers, shared, strict=True):
         x, full = nnx.merge(_layer_graph(config), layer_weights)(x, rotary, partial(attend, start))
+        x = _residual(x, mesh)
         kept.append(full)
     return tuple(kept)
 
@@ -332,17 +369,19 @@ def decode(
     positions: Int[Array, "B"],
     *,
     config: Qwen3Config,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B D"], Cache]:
     """One token of each slot: its final hidden state and the cache with its keys and values.
 
     The loop over layers is unrolled: see `model/cache.py`.
     """
     rotary = rotary_embedding(positions[:, None], config.head_dim, config.rope_theta)
-    x = _embed(weights.ends, tokens[:, None], weights.dtype)
+    x = _embed(weights.ends, tokens[:, None], weights.dtype, mesh)
     updated = []
     for layer_weights, layer_cache in zip(weights.layers, cache, strict=True):
         layer = nnx.merge(_layer_graph(config), layer_weights)
         x, layer_cache = layer(x, rotary, partial(attend_cached, layer_cache, positions))
+        x = _residual(x, mesh)
         updated.append(layer_cache)
     return _final_norm(weights.ends, x, config)[:, 0], tuple(updated)
 

@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from policy_split_jax.model import qwen3
+from policy_split_jax.model.sharding import BATCH, batch_shards, constrain
 
 
 class TokenScores(NamedTuple):
@@ -37,8 +39,10 @@ def _score_chunk(
     targets: Int[Array, "B C"],
     temperature: float,
     with_kl: bool,
+    mesh: Mesh | None,
 ) -> TokenScores:
     logits = jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32) / temperature
+    logits = constrain(logits, mesh, None, BATCH, None, "tp")
     logp = jax.nn.log_softmax(logits, axis=-1)
     # A one-hot sum, not a gather: its gradient is a product too, and it shards over the vocabulary.
     chosen = targets[..., None] == jnp.arange(logp.shape[-1])
@@ -55,6 +59,7 @@ def score_hidden(
     temperature: float = 1.0,
     chunk: int = 256,
     with_kl: bool = False,
+    mesh: Mesh | None = None,
 ) -> TokenScores:
     """Scores `targets`, given the hidden states that predict them.
 
@@ -71,7 +76,9 @@ def score_hidden(
     hidden_chunks = jnp.moveaxis(hidden.reshape(*hidden.shape[:2], chunks, size, hidden.shape[-1]), 2, 0)
     target_chunks = jnp.moveaxis(targets.reshape(targets.shape[0], chunks, size), 1, 0)
 
-    score = jax.checkpoint(partial(_score_chunk, head, temperature=temperature, with_kl=with_kl))
+    # Gathered once, not in each chunk.
+    head = constrain(head, mesh, None, "tp")
+    score = jax.checkpoint(partial(_score_chunk, head, temperature=temperature, with_kl=with_kl, mesh=mesh))
     scores = jax.lax.map(lambda pair: score(*pair), (hidden_chunks, target_chunks))
 
     def join(values: Float[Array, "N M B C"]) -> Float[Array, "M B T"]:
@@ -94,6 +101,7 @@ def score_rollouts(
     temperature: float = 1.0,
     chunk: int = 256,
     with_kl: bool = False,
+    mesh: Mesh | None = None,
 ) -> TokenScores:
     """Scores every rollout after each of its question's M prompts; arrays [M, P, G, T].
 
@@ -103,19 +111,33 @@ def score_rollouts(
     """
     questions, contexts, width = prompts.shape
     group, length = responses.shape[1:]
-    per_row = responses_per_row(width, length, group)
+    per_row = responses_per_row(width, length, questions, group, batch_shards(mesh))
     rows = join_rows(prompts, prompt_lengths, responses, response_lengths, per_row)
-    hidden = qwen3.forward(
-        params, rows.tokens, config=config, valid=rows.valid, segments=rows.segments, dtype=dtype, remat=remat
-    )
-    before = _states_before(hidden, width, per_row)
+    rows = jax.tree.map(lambda values: constrain(values, mesh, None, BATCH), rows)
+
+    # The contexts are an axis of their own: a rollout's states under all of them lie on the same device.
+    @jax.vmap
+    def states_before(rows: Rows) -> Float[Array, "B R T D"]:
+        hidden = qwen3.forward(
+            params,
+            rows.tokens,
+            config=config,
+            valid=rows.valid,
+            segments=rows.segments,
+            dtype=dtype,
+            remat=remat,
+            mesh=mesh,
+        )
+        return _states_before(hidden, width, per_row)
+
     scores = score_hidden(
         qwen3.lm_head(params, config),
-        before.reshape(contexts, questions * group, length, -1),
+        states_before(rows).reshape(contexts, questions * group, length, -1),
         responses.reshape(questions * group, length),
         temperature=temperature,
         chunk=chunk,
         with_kl=with_kl,
+        mesh=mesh,
     )
     return jax.tree.map(lambda values: values.reshape(contexts, questions, group, length), scores)
 
@@ -123,21 +145,22 @@ def score_rollouts(
 class Rows(NamedTuple):
     """Prompts with some of their responses behind them, as `qwen3.forward` reads them."""
 
-    tokens: Int[Array, "B W"]
-    valid: Bool[Array, "B W"]
-    segments: Int[Array, "B W"]
+    tokens: Int[Array, "*M B W"]
+    valid: Bool[Array, "*M B W"]
+    segments: Int[Array, "*M B W"]
     """0 for the prompt, 1, 2, … for the responses, which do not see each other."""
 
 
-def responses_per_row(width: int, length: int, group: int) -> int:
+def responses_per_row(width: int, length: int, questions: int, group: int, shards: int) -> int:
     """How many responses share one computation of their prompt, a divisor of the group's size.
 
     Sharing saves computing the prompt again for every response, but a row's attention grows with the square
-    of its length. The most is shared that does not enlarge the attention by more than half.
+    of its length. The most is shared that does not enlarge the attention by more than half, and that leaves
+    rows which `shards` parts of the devices can divide evenly.
     """
     limit = 1.5 * group * (width + length) ** 2
-    sizes = [size for size in range(1, group + 1) if group % size == 0]
-    return max(size for size in sizes if group // size * (width + size * length) ** 2 <= limit)
+    sizes = [size for size in range(2, group + 1) if group % size == 0 and questions * group // size % shards == 0]
+    return max([1, *(size for size in sizes if group // size * (width + size * length) ** 2 <= limit)])
 
 
 def join_rows(
@@ -147,16 +170,16 @@ def join_rows(
     response_lengths: Int[Array, "P G"],
     per_row: int,
 ) -> Rows:
-    """Every response behind every prompt of its question: B = M·P·G/per_row rows of W = S + per_row·T."""
+    """Every response behind every prompt of its question: [M, P·G/per_row, S + per_row·T]."""
     questions, contexts, width = prompts.shape
     group, length = responses.shape[1:]
     rows, tail = group // per_row, per_row * length
     outer = (contexts, questions, rows)
 
-    def join(left: Shaped[Array, "P M S"], right: Shaped[Array, "P G T"]) -> Shaped[Array, "B W"]:
+    def join(left: Shaped[Array, "P M S"], right: Shaped[Array, "P G T"]) -> Shaped[Array, "M B W"]:
         left = jnp.broadcast_to(jnp.moveaxis(left, 1, 0)[:, :, None], (*outer, width))
         right = jnp.broadcast_to(right.reshape(questions, rows, tail)[None], (*outer, tail))
-        return jnp.concatenate([left, right], axis=-1).reshape(-1, width + tail)
+        return jnp.concatenate([left, right], axis=-1).reshape(contexts, -1, width + tail)
 
     prompt_valid = jnp.arange(width) >= width - prompt_lengths[..., None]
     response_valid = jnp.arange(length) < response_lengths[..., None]

@@ -9,11 +9,13 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int, Key, UInt32
 
 from policy_split_jax.model import qwen3
 from policy_split_jax.model.cache import PromptCache
+from policy_split_jax.model.sharding import batch_shards
 from policy_split_jax.padding import bucket, lengths, pad_right
 from policy_split_jax.sampler import engine
 from policy_split_jax.sampler.sampling import SamplingSettings
@@ -69,6 +71,12 @@ class EngineConfig:
     decode_steps: int = 8
     """Decode steps between two looks of the host."""
     dtype: DTypeLike = jnp.float32
+    mesh: Mesh | None = None
+    """The devices, all of this process; slots are divided over them. None: the default device alone."""
+
+    def __post_init__(self) -> None:
+        if self.slots % batch_shards(self.mesh):
+            raise ValueError(f"slots ({self.slots}) must be a multiple of {batch_shards(self.mesh)}, data x fsdp")
 
 
 class Place(NamedTuple):
@@ -132,7 +140,7 @@ class Batcher:
         self._config = config
         self._max_prompt_tokens = max_prompt_tokens
         self._max_new_tokens = max_new_tokens
-        self._weights = qwen3.sampling_weights(params, config=config.model, dtype=config.dtype)
+        self._weights = qwen3.sampling_weights(params, config=config.model, dtype=config.dtype, mesh=config.mesh)
         self._stop_ids = jnp.array(sorted(config.stop_ids), jnp.int32)
         self._state: engine.DecodeState | None = None
         self._requests: deque[_Request] = deque()
@@ -179,7 +187,12 @@ class Batcher:
         if not self._running:
             return []
         state = engine.generate(
-            self._weights, state, self._stop_ids, steps=self._config.decode_steps, config=self._config.model
+            self._weights,
+            state,
+            self._stop_ids,
+            steps=self._config.decode_steps,
+            config=self._config.model,
+            mesh=self._config.mesh,
         )
         self._state = state
         return self._collect(state)
@@ -212,7 +225,7 @@ class Batcher:
         if gone and self._state is not None:
             # Of one length always, so that one program serves.
             padded = gone + [self._config.slots] * (self._config.slots - len(gone))
-            self._state = engine.release(self._state, jnp.array(padded, jnp.int32))
+            self._state = engine.release(self._state, jnp.array(padded, jnp.int32), self._config.mesh)
 
     def _fill(self) -> engine.DecodeState:
         """Puts waiting rollouts into free slots, those of one prefix in one call."""
@@ -257,7 +270,9 @@ class Batcher:
 
     def _prefill(self, rows: Sequence[Sequence[int]], width: int, shared: PromptCache) -> engine.Prefix:
         config = self._config
-        return engine.prefill(self._weights, pad_right(rows, width), lengths(rows), shared, config=config.model)
+        return engine.prefill(
+            self._weights, pad_right(rows, width), lengths(rows), shared, config=config.model, mesh=config.mesh
+        )
 
     def _sized(self) -> engine.DecodeState:
         """The slots with a cache as long as the longest rollout in them needs."""
@@ -266,9 +281,11 @@ class Batcher:
         needed = max((item.reach(config.decode_steps) for item in self._running.values()), default=1)
         length = bucket(needed, capacity, max(_SMALLEST_CACHE, capacity // _CACHE_RANGE))
         if self._state is None:
-            return engine.init_state(config.model, config.slots, length, self._max_new_tokens, config.dtype)
+            return engine.init_state(
+                config.model, config.slots, length, self._max_new_tokens, config.dtype, config.mesh
+            )
         if length != self._state.cache[0].length:
-            return engine.resize(self._state, length)
+            return engine.resize(self._state, length, config.mesh)
         return self._state
 
     def _inserted(self, state: engine.DecodeState, group: list[tuple[int, _Waiting]]) -> engine.DecodeState:
@@ -287,7 +304,7 @@ class Batcher:
         )
         rows = jnp.array([item.row for item in items], jnp.int32)
         slots = jnp.array([slot for slot, _ in group] + [self._config.slots] * unused, jnp.int32)
-        return engine.insert(group[0][1].prefix, state, rows, slots, request)
+        return engine.insert(group[0][1].prefix, state, rows, slots, request, self._config.mesh)
 
     def _collect(self, state: engine.DecodeState) -> list[tuple[Place, Rollout]]:
         """Takes the rollouts that have ended out of their slots."""

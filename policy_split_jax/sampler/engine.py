@@ -11,11 +11,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from policy_split_jax.model import qwen3
 from policy_split_jax.model.cache import Cache, PromptCache, PromptLayer, init_cache, insert_prompt, resize_cache
+from policy_split_jax.model.sharding import BATCH, constrain
 from policy_split_jax.sampler.sampling import SamplingSettings, sample, token_keys
 
 
@@ -58,12 +60,29 @@ class DecodeState(NamedTuple):
     logprobs: Float[Array, "B T"]
 
 
+def _placed(state: DecodeState, mesh: Mesh | None) -> DecodeState:
+    """Slots divided over the devices, and the heads of their cache."""
+    if mesh is None:
+        return state
+    slots = jax.tree.map(lambda leaf: constrain(leaf, mesh, BATCH), state)
+    return slots._replace(cache=jax.tree.map(lambda leaf: constrain(leaf, mesh, BATCH, "tp"), state.cache))
+
+
+@partial(jax.jit, static_argnames=("config", "slots", "cache_length", "max_new_tokens", "dtype", "mesh"))
 def init_state(
-    config: qwen3.Qwen3Config, slots: int, cache_length: int, max_new_tokens: int, dtype: DTypeLike
+    config: qwen3.Qwen3Config,
+    slots: int,
+    cache_length: int,
+    max_new_tokens: int,
+    dtype: DTypeLike,
+    mesh: Mesh | None = None,
 ) -> DecodeState:
-    """Empty slots. `cache_length` holds a prompt and the new tokens that are made before the next `resize`."""
+    """Empty slots. `cache_length` holds a prompt and the new tokens that are made before the next `resize`.
+
+    With a mesh the slots, a multiple of `batch_shards(mesh)`, are divided over its devices.
+    """
     integers = partial(jnp.zeros, (slots,), jnp.int32)
-    return DecodeState(
+    state = DecodeState(
         cache=init_cache(config.num_layers, slots, cache_length, config.num_kv_heads, config.head_dim, dtype),
         last_tokens=integers(),
         positions=integers(),
@@ -76,14 +95,16 @@ def init_state(
         tokens=jnp.zeros((slots, max_new_tokens), jnp.int32),
         logprobs=jnp.zeros((slots, max_new_tokens)),
     )
+    return _placed(state, mesh)
 
 
-def resize(state: DecodeState, cache_length: int) -> DecodeState:
+@partial(jax.jit, static_argnames=("cache_length", "mesh"))
+def resize(state: DecodeState, cache_length: int, mesh: Mesh | None = None) -> DecodeState:
     """The same slots with a longer or shorter cache: decoding reads all of it, so it is no longer than needed.
 
     A live slot needs `positions + n` entries for its next n tokens; what is cut off must be no live slot's.
     """
-    return state._replace(cache=resize_cache(state.cache, cache_length))
+    return _placed(state._replace(cache=resize_cache(state.cache, cache_length)), mesh)
 
 
 def no_prefix(config: qwen3.Qwen3Config, dtype: DTypeLike) -> PromptCache:
@@ -97,7 +118,7 @@ def shared_prefix(prefix: Prefix) -> PromptCache:
     return jax.tree.map(lambda leaf: leaf[0], prefix.kv)
 
 
-@partial(jax.jit, static_argnames="config")
+@partial(jax.jit, static_argnames=("config", "mesh"))
 def prefill(
     weights: qwen3.SamplingWeights,
     tokens: Int[Array, "R S"],
@@ -105,6 +126,7 @@ def prefill(
     shared: PromptCache,
     *,
     config: qwen3.Qwen3Config,
+    mesh: Mesh | None = None,
 ) -> Prefix:
     """Computes right-padded prompts, or what follows the beginning that they all share.
 
@@ -112,17 +134,20 @@ def prefill(
     alone. Every prompt has at least one token of its own.
     """
     last = jnp.take_along_axis(tokens, true_lengths[:, None] - 1, axis=1)[:, 0]
-    kv = qwen3.prefill(weights, tokens, shared, config=config)
+    kv = qwen3.prefill(weights, tokens, shared, config=config, mesh=mesh)
+    # A prompt's slots may lie anywhere.
+    kv = jax.tree.map(lambda leaf: constrain(leaf, mesh, None, None, "tp"), kv)
     return Prefix(kv, last, true_lengths + shared[0].keys.shape[0])
 
 
-@partial(jax.jit, donate_argnames="state")
+@partial(jax.jit, static_argnames="mesh", donate_argnames="state")
 def insert(
     prefix: Prefix,
     state: DecodeState,
     rows: Int[Array, "I"],
     slots: Int[Array, "I"],
     request: SlotRequest,
+    mesh: Mesh | None = None,
 ) -> DecodeState:
     """Copies row `rows[i]` of the prefix into slot `slots[i]`; a slot out of range is dropped.
 
@@ -136,7 +161,7 @@ def insert(
     cache = tuple(
         insert_prompt(layer, prompt, rows, slots) for layer, prompt in zip(state.cache, prefix.kv, strict=True)
     )
-    return state._replace(
+    filled = state._replace(
         cache=cache,
         last_tokens=put(state.last_tokens, prefix.last_tokens[rows]),
         positions=put(state.positions, prefix.true_lengths[rows] - 1),
@@ -147,15 +172,16 @@ def insert(
         stopped=put(state.stopped, jnp.zeros(slots.shape, bool)),
         lengths=put(state.lengths, jnp.zeros(slots.shape, jnp.int32)),
     )
+    return _placed(filled, mesh)
 
 
-@partial(jax.jit, donate_argnames="state")
-def release(state: DecodeState, slots: Int[Array, "I"]) -> DecodeState:
+@partial(jax.jit, static_argnames="mesh", donate_argnames="state")
+def release(state: DecodeState, slots: Int[Array, "I"], mesh: Mesh | None = None) -> DecodeState:
     """Ends the rollouts of these slots as they are; a slot out of range is dropped."""
-    return state._replace(live=state.live.at[slots].set(False, mode="drop"))
+    return _placed(state._replace(live=state.live.at[slots].set(False, mode="drop")), mesh)
 
 
-@partial(jax.jit, static_argnames=("steps", "config"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("steps", "config", "mesh"), donate_argnames="state")
 def generate(
     weights: qwen3.SamplingWeights,
     state: DecodeState,
@@ -163,6 +189,7 @@ def generate(
     *,
     steps: int,
     config: qwen3.Qwen3Config,
+    mesh: Mesh | None = None,
 ) -> DecodeState:
     """At most `steps` decode steps of every live slot; fewer when all have ended."""
 
@@ -172,11 +199,13 @@ def generate(
 
     def body(carry: tuple[Int[Array, ""], DecodeState]) -> tuple[Int[Array, ""], DecodeState]:
         done, current = carry
-        hidden, cache = qwen3.decode(weights, current.cache, current.last_tokens, current.positions, config=config)
-        logits = qwen3.logits(weights.ends, hidden, config)
+        hidden, cache = qwen3.decode(
+            weights, current.cache, current.last_tokens, current.positions, config=config, mesh=mesh
+        )
+        logits = constrain(qwen3.logits(weights.ends, hidden, config), mesh, BATCH, "tp")
         keys = token_keys(current.keys, current.lengths)
         tokens, logprobs = sample(logits, keys, current.settings)
-        return done + 1, _advance(current._replace(cache=cache), tokens, logprobs, stop_ids)
+        return done + 1, _placed(_advance(current._replace(cache=cache), tokens, logprobs, stop_ids), mesh)
 
     return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
 

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from policy_split_jax import masked
 from policy_split_jax.model import qwen3
+from policy_split_jax.model.sharding import pinned
 from policy_split_jax.modes import HIGH_ENTROPY, MODE_NAMES, NORMAL
 from policy_split_jax.objective.advantages import AdvantageConfig, dual_mode_advantages
 from policy_split_jax.objective.eta import EtaConfig, next_eta
@@ -25,7 +27,7 @@ from policy_split_jax.objective.losses import Aggregate, Metrics, token_losses, 
 from policy_split_jax.objective.scorer import TokenScores, score_rollouts
 from policy_split_jax.training.accumulate import accumulate_gradients, split_batch
 from policy_split_jax.training.batch import Batch
-from policy_split_jax.training.state import TrainState
+from policy_split_jax.training.state import TrainState, state_shardings
 
 Update = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
@@ -83,12 +85,19 @@ def _swap(values: Array) -> Array:
     return jnp.moveaxis(values, 1, 0)
 
 
-def make_update(model: qwen3.Qwen3Config, config: UpdateConfig, optimizer: optax.GradientTransformation) -> Update:
+def make_update(
+    model: qwen3.Qwen3Config,
+    config: UpdateConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+) -> Update:
     """The jitted `update(state, batch) -> (state, metrics)`; the state is donated.
 
     `batch` has P questions, P a multiple of `updates_per_step`. The metrics are named in
-    docs/architecture.md.
+    docs/architecture.md. On a mesh the state lies as `state_shardings` says, before and after; the sequences of
+    a microbatch are divided over the devices, whosever question they are.
     """
+    shardings = None if mesh is None else state_shardings(model, optimizer, mesh)
 
     def score(params: qwen3.Params, batch: Batch) -> TokenScores:
         return score_rollouts(
@@ -103,6 +112,7 @@ def make_update(model: qwen3.Qwen3Config, config: UpdateConfig, optimizer: optax
             temperature=config.temperature,
             chunk=config.score_chunk,
             with_kl=True,
+            mesh=mesh,
         )
 
     def advantages(logprobs: Array, batch: Batch, eta: Array) -> Float[Array, "2 P G T"]:
@@ -114,7 +124,8 @@ def make_update(model: qwen3.Qwen3Config, config: UpdateConfig, optimizer: optax
 
     def loss(eta: Array, params: qwen3.Params, part: Any) -> tuple[Float[Array, ""], TokenRecord]:
         batch, weights, fixed = part
-        scores = score(params, batch)
+        # Said of the parameters, it holds for their gradient too.
+        scores = score(pinned(params, shardings and shardings.params), batch)
         old = jax.lax.stop_gradient(scores.logprobs) if fixed is None else _swap(fixed.old_logprobs)
         advantage = advantages(old, batch, eta) if fixed is None else _swap(fixed.advantages)
         mask = token_mask(batch)
@@ -163,7 +174,7 @@ def make_update(model: qwen3.Qwen3Config, config: UpdateConfig, optimizer: optax
         measured = jnp.any(token_mask(batch) & (batch.modes == HIGH_ENTROPY)[..., None])
         moved = next_eta(state.eta, metrics["kl/high_entropy_to_normal"], config.eta)
         eta = jax.tree.map(partial(jnp.where, measured), moved, state.eta)
-        return state._replace(step=state.step + 1, eta=eta), metrics
+        return pinned(state._replace(step=state.step + 1, eta=eta), shardings), metrics
 
     return update
 

@@ -1,0 +1,17 @@
+"""Runs `tests/devices` where it can be run: in a process that sees eight devices from its beginning."""
+
+import os
+import subprocess
+import sys
+
+from conftest import PROJECT
+
+
+def test_on_eight_devices():
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/devices"]
+    done = subprocess.run(command, cwd=PROJECT, env=os.environ | flags, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed" in done.stdout
+    # What XLA says where it moves whole arrays for want of a better idea.
+    assert "involuntary full rematerialization" not in (done.stdout + done.stderr).lower()

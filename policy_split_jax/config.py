@@ -52,6 +52,23 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """How the devices share the work: their number is data x fsdp x tp. One of them may be -1, which is the rest."""
+
+    data: int = 1
+    """Copies of the parameters; sequences are divided over them."""
+    fsdp: int = -1
+    """Slices of the parameters, gathered layer by layer; sequences are divided over these too."""
+    tp: int = 1
+    """Every layer's heads, hidden units and vocabulary are divided over so many neighbours."""
+
+    def __post_init__(self) -> None:
+        for name in ("data", "fsdp", "tp"):
+            value = getattr(self, name)
+            _require(name, value, value >= 1 or value == -1, "at least 1, or -1 for the rest")
+
+
+@dataclass(frozen=True)
 class PromptConfig:
     """How a question becomes the prompts of both modes."""
 
@@ -240,6 +257,7 @@ class RunConfig:
     output: str = "runs"
     """The run's folder is `output/name`."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

@@ -56,7 +56,7 @@ def load_policy(folder: Path) -> Policy:
 
 
 def load_model(path: str) -> tuple[Policy, Params]:
-    """The model and weights of a `model.path` setting."""
+    """The model of a `model.path` setting and its weights, on the default device."""
     policy = load_policy(model_folder(path))
     return policy, huggingface.load_params(policy.folder, policy.config)
 

@@ -3,14 +3,15 @@
 import os
 import subprocess
 import sys
-
-from conftest import PROJECT
+from pathlib import Path
 
 
 def test_on_eight_devices():
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/devices"]
-    done = subprocess.run(command, cwd=PROJECT, env=os.environ | flags, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], env=os.environ | flags, capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout
     # What XLA says where it moves whole arrays for want of a better idea.

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -48,7 +49,9 @@ class GroupScores:
     kl: Float[np.ndarray, "2 G T"]
 
 
-def make_scorer(config: qwen3.Qwen3Config, *, dtype: DTypeLike = jnp.float32, chunk: int = 256) -> Scorer:
+def make_scorer(
+    config: qwen3.Qwen3Config, *, dtype: DTypeLike = jnp.float32, chunk: int = 256, mesh: Mesh | None = None
+) -> Scorer:
     """A jitted scorer of batches under both modes, at temperature 1, with the exact KL between them."""
 
     @jax.jit
@@ -63,6 +66,7 @@ def make_scorer(config: qwen3.Qwen3Config, *, dtype: DTypeLike = jnp.float32, ch
             dtype=dtype,
             chunk=chunk,
             with_kl=True,
+            mesh=mesh,
         )
 
     return score

@@ -35,15 +35,16 @@ class Checkpoints:
             ),
         )
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The last checkpoint; `like` gives shapes and types, and may be abstract (`jax.eval_shape`).
+    def restore(self, like: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The last checkpoint, whatever devices wrote it, on those of `shardings`.
 
-        Raises UserError where there is none or it belongs to another model.
+        `like` gives shapes and types, and may be abstract (`jax.eval_shape`). Raises UserError where there is
+        no checkpoint or it belongs to another model.
         """
         step = self._manager.latest_step()
         if step is None:
             raise UserError(f"{self._folder}: no checkpoint there")
-        wanted = _on_this_device(jax.eval_shape(_storable, like))
+        wanted = _placed(jax.eval_shape(_storable, like), shardings._asdict())
         try:
             found = self._manager.restore(
                 step,
@@ -72,10 +73,11 @@ def _storable(state: TrainState) -> dict[str, Any]:
     return state._replace(key=jax.random.key_data(state.key))._asdict()
 
 
-def _on_this_device(tree: Any) -> Any:
+def _placed(tree: Any, shardings: Any) -> Any:
     """Where each array goes is said here, not read from the file: the checkpoint may come from other devices."""
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
+    )
 
 
 def latest_step(folder: Path) -> int | None:
@@ -86,20 +88,30 @@ def latest_step(folder: Path) -> int | None:
         return manager.latest_step()
 
 
-def load_run(run: Path) -> tuple[Policy, Params]:
-    """The model of a run's last checkpoint, with the prompts that it was trained with."""
+def load_run_policy(run: Path) -> Policy:
+    """All of a run's model but its weights, with the prompts that it was trained with."""
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; --checkpoint names a run's folder, such as runs/tiny")
-    policy = load_policy(model_folder(str(run / "model")))
+    return load_policy(model_folder(str(run / "model")))
+
+
+def load_run(run: Path) -> tuple[Policy, Params]:
+    """The model of a run's last checkpoint, on the default device."""
+    policy = load_run_policy(run)
     return policy, load_checkpoint_params(run / "checkpoints", policy.config)
 
 
-def load_checkpoint_params(folder: Path, config: Qwen3Config) -> Params:
-    """Only the parameters of the last checkpoint in `folder`; the optimizer is not read."""
+def load_checkpoint_params(folder: Path, config: Qwen3Config, shardings: Any = None) -> Params:
+    """Only the parameters of the last checkpoint in `folder`; the optimizer is not read.
+
+    `shardings` is a tree like the parameters; without it they come to the default device.
+    """
     step = latest_step(folder)
     if step is None:
         raise UserError(f"{folder}: no checkpoint there yet")
-    wanted = {"params": _on_this_device(abstract_params(config))}
+    shapes = abstract_params(config)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = {"params": _placed(shapes, shardings or jax.tree.map(lambda _: here, shapes))}
     places = ocp.checkpoint_utils.construct_restore_args(wanted)
     with ocp.CheckpointManager(folder.resolve(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
         found = manager.restore(

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import yaml
+from jax.sharding import Mesh
 
 import policy_split_jax
 from policy_split_jax import config as settings
@@ -21,7 +22,9 @@ from policy_split_jax.errors import UserError
 from policy_split_jax.evaluation.evaluate import Scorer, evaluate, make_scorer, outcome_metrics, sample_rows
 from policy_split_jax.files import whole_file, write_json
 from policy_split_jax.model import qwen3
-from policy_split_jax.policy import Policy, copy_policy_files, load_model, load_policy
+from policy_split_jax.model.huggingface import load_params
+from policy_split_jax.model.sharding import batch_shards, make_mesh
+from policy_split_jax.policy import Policy, copy_policy_files, load_policy, model_folder
 from policy_split_jax.report.page import write_report
 from policy_split_jax.rewards import GraderPool
 from policy_split_jax.rollouts import (
@@ -34,17 +37,18 @@ from policy_split_jax.rollouts import (
 )
 from policy_split_jax.sampler.batcher import EngineConfig, Sampling
 from policy_split_jax.sampler.rollout import Sampler
-from policy_split_jax.training.checkpoint import Checkpoints, latest_step, load_run
+from policy_split_jax.training.checkpoint import Checkpoints, latest_step, load_checkpoint_params, load_run_policy
 from policy_split_jax.training.collate import make_batch
 from policy_split_jax.training.console import RunDisplay
 from policy_split_jax.training.metrics_log import MetricsLog
 from policy_split_jax.training.optimizer import make_optimizer, make_schedule
-from policy_split_jax.training.state import TrainState, init_state
+from policy_split_jax.training.state import TrainState, init_state, state_shardings
 from policy_split_jax.training.update import Update, UpdateConfig, make_update
 
-# Settings that a resumed run may change: they do not touch what has been computed.
-_FREE = {"train.steps", "train.save_every", "train.eval_every", "train.keep_checkpoints", "train.sample_questions",
-         "train.tensorboard", "train.wandb", "reward.workers", "rollout.slots", "rollout.decode_steps"}  # fmt: skip
+# Settings that a resumed run may change: they do not touch what has been computed. (Its folder may have moved.)
+_FREE = {"name", "output", "train.steps", "train.save_every", "train.eval_every", "train.keep_checkpoints", "train.sample_questions",
+         "train.tensorboard", "train.wandb", "reward.workers", "rollout.slots", "rollout.decode_steps",
+         "mesh.data", "mesh.fsdp", "mesh.tp"}  # fmt: skip
 
 
 @dataclass
@@ -179,7 +183,7 @@ def train(config: RunConfig, *, must_resume: bool = False) -> Path:
     folder = config.folder
     started_at = latest_step(folder / "checkpoints") or 0
     _check_folder(config, started_at, must_resume)
-    policy, params = _source(config, started_at)
+    policy, mesh, params = _source(config, started_at)
     (train_rows, test_rows), skipped = _fitting(config, policy, _rows(config))
     iterator = make_iterator(train_rows, batch_size=config.rollout.questions_per_step, seed=config.train.seed)
     optimizer = make_optimizer(config.optimizer)
@@ -198,20 +202,21 @@ def train(config: RunConfig, *, must_resume: bool = False) -> Path:
             ) as log,
             RunDisplay(config.train.steps, started_at) as display,
         ):
+            shardings = state_shardings(policy.config, optimizer, mesh)
             if started_at:
-                state, extra = checkpoints.restore(jax.eval_shape(start, params))
+                state, extra = checkpoints.restore(jax.eval_shape(start, params), shardings)
                 restore_state(iterator, extra["data"])
             else:
-                state = start(params)
-            _announce(display, config, policy, started_at, len(train_rows), len(test_rows))
+                state = jax.jit(start, out_shardings=shardings)(params)
+            _announce(display, config, policy, mesh, started_at, len(train_rows), len(test_rows))
             if skipped:
                 display.say(f"{skipped} questions left out: more than {config.rollout.max_prompt_tokens} prompt tokens")
             trainer = Trainer(
                 config=config,
                 policy=policy,
-                sampler=_sampler(config, policy),
-                scorer=make_scorer(policy.config, dtype=config.model.dtype, chunk=config.train.score_chunk),
-                update=make_update(policy.config, update_config(config), optimizer),
+                sampler=_sampler(config, policy, mesh),
+                scorer=make_scorer(policy.config, dtype=config.model.dtype, chunk=config.train.score_chunk, mesh=mesh),
+                update=make_update(policy.config, update_config(config), optimizer, mesh),
                 pool=pool,
                 test_rows=test_rows,
                 iterator=iterator,
@@ -225,16 +230,45 @@ def train(config: RunConfig, *, must_resume: bool = False) -> Path:
     return folder
 
 
-def _source(config: RunConfig, started_at: int) -> tuple[Policy, qwen3.Params]:
+def _source(config: RunConfig, started_at: int) -> tuple[Policy, Mesh, qwen3.Params]:
     """What the run starts from; of a run that goes on only the shapes, since its weights are in its checkpoint."""
     if started_at:
         policy = load_policy(config.folder / "model")
-        return policy, qwen3.abstract_params(policy.config)
+        return policy, _mesh(config, policy.config), qwen3.abstract_params(policy.config)
+    policy = _first_policy(config)
+    mesh = _mesh(config, policy.config)
+    shardings = qwen3.param_shardings(policy.config, mesh)
     if config.model.checkpoint:
-        policy, params = load_run(Path(config.model.checkpoint))
+        params = load_checkpoint_params(Path(config.model.checkpoint) / "checkpoints", policy.config, shardings)
     else:
-        policy, params = load_model(config.model.path)
-    return replace(policy, prompts=settings.mode_prompts(config.prompt)), params
+        params = load_params(policy.folder, policy.config, shardings=shardings)
+    return replace(policy, prompts=settings.mode_prompts(config.prompt)), mesh, params
+
+
+def _first_policy(config: RunConfig) -> Policy:
+    if config.model.checkpoint:
+        return load_run_policy(Path(config.model.checkpoint))
+    return load_policy(model_folder(config.model.path))
+
+
+def _mesh(config: RunConfig, model: qwen3.Qwen3Config) -> Mesh:
+    """All devices, as the settings divide them; UserError where model or settings cannot be divided so."""
+    rollout = config.rollout
+    try:
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tp, jax.devices())
+        qwen3.param_shardings(model, mesh)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    shards = batch_shards(mesh)
+    questions = config.train.microbatch_questions or rollout.questions_per_step // config.train.updates_per_step
+    for name, number in (
+        ("rollout.slots", rollout.slots),
+        ("rollouts of a microbatch (train.microbatch_questions x 2 x rollout.rollouts_per_mode)",
+         questions * 2 * rollout.rollouts_per_mode),
+    ):  # fmt: skip
+        if number % shards:
+            raise UserError(f"{name}: {number} is not a multiple of {shards}, the mesh's data x fsdp")
+    return mesh
 
 
 def update_config(config: RunConfig) -> UpdateConfig:
@@ -256,9 +290,9 @@ def update_config(config: RunConfig) -> UpdateConfig:
     )
 
 
-def _sampler(config: RunConfig, policy: Policy) -> Sampler:
+def _sampler(config: RunConfig, policy: Policy, mesh: Mesh) -> Sampler:
     rollout = config.rollout
-    engine = EngineConfig(policy.config, policy.stop_ids, rollout.slots, rollout.decode_steps, config.model.dtype)
+    engine = EngineConfig(policy.config, policy.stop_ids, rollout.slots, rollout.decode_steps, config.model.dtype, mesh)
     return Sampler(engine, rollout.max_prompt_tokens)
 
 
@@ -339,10 +373,18 @@ def _get(tree: Any, key: str) -> Any:
 
 
 def _announce(
-    display: RunDisplay, config: RunConfig, policy: Policy, started_at: int, train_size: int, test_size: int
+    display: RunDisplay,
+    config: RunConfig,
+    policy: Policy,
+    mesh: Mesh,
+    started_at: int,
+    train_size: int,
+    test_size: int,
 ) -> None:
     size = sum(leaf.size for leaf in jax.tree.leaves(qwen3.abstract_params(policy.config)))
-    devices = f"{jax.device_count()} {jax.default_backend()} device{'s' if jax.device_count() > 1 else ''}"
+    devices = f"{mesh.size} {jax.default_backend()} device{'s' if mesh.size > 1 else ''}"
+    if mesh.size > 1:
+        devices += f" ({', '.join(f'{name} {size}' for name, size in mesh.shape.items())})"
     display.say(
         f"policy-split {policy_split_jax.__version__}: {config.folder}, Qwen3 of {size / 1e6:.2f} M parameters on "
         f"{devices}, {train_size} training and {test_size} test questions"

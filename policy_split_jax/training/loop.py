@@ -46,9 +46,9 @@ from policy_split_jax.training.state import TrainState, init_state, state_shardi
 from policy_split_jax.training.update import Update, UpdateConfig, make_update
 
 # Settings that a resumed run may change: they do not touch what has been computed. (Its folder may have moved.)
-_FREE = {"name", "output", "train.steps", "train.save_every", "train.eval_every", "train.keep_checkpoints", "train.sample_questions",
-         "train.tensorboard", "train.wandb", "reward.workers", "rollout.slots", "rollout.decode_steps",
-         "mesh.data", "mesh.fsdp", "mesh.tp"}  # fmt: skip
+_FREE = {"name", "output", "train.steps", "train.save_every", "train.eval_every", "train.keep_checkpoints",
+         "train.sample_questions", "train.tensorboard", "train.wandb", "reward.workers", "rollout.slots",
+         "rollout.decode_steps", "mesh.data", "mesh.fsdp", "mesh.tp"}  # fmt: skip
 
 
 @dataclass

@@ -441,7 +441,7 @@ def test_equal_rewards_give_no_gradient(model, params, batches):
 
 def bag_scores(
     params, prompts, prompt_lengths, responses, response_lengths, *, config, dtype, remat, temperature, chunk,
-    with_kl,
+    with_kl, mesh,
 ):  # fmt: skip
     """Stands in for `score_rollouts`: the next token depends on the last one and on the mean of the prompt."""
     table = params["table"]
@@ -551,7 +551,7 @@ def test_two_updates_are_two_minibatches_with_frozen_old_logprobs(bag, model, ba
     """By hand, from the objective's parts: score, then two gradient steps on halves of the questions."""
     batch, config = batches[0], UpdateConfig(updates_per_step=2, clip_low=0.05, clip_high=0.02)
     mask = (jnp.arange(LENGTH) < batch.response_lengths[..., None]) & batch.graded[..., None]
-    ignored = dict.fromkeys(("config", "dtype", "remat", "chunk", "with_kl"))
+    ignored = dict.fromkeys(("config", "dtype", "remat", "chunk", "with_kl", "mesh"))
 
     def logprobs(params, rows):
         return bag_scores(params, *(leaf[rows] for leaf in batch[:4]), temperature=1.0, **ignored).logprobs

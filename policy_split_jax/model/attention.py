@@ -1,11 +1,98 @@
-"""Attention over keys and values, with grouped query heads; the one place that computes it."""
+"""Attention over keys and values, with grouped query heads; the one place that computes it.
+
+`make_attend` chooses how whole sequences attend: plain XLA, or on a TPU splash attention, which never holds a
+sequence's scores. Decoding and prompts are short of queries and always plain.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
+
+from policy_split_jax.model.sharding import BATCH
+
+Attend = Callable[[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]], Float[Array, "B T N H"]]
+_SPLASH_LANES = 128
+"""Splash attention takes sizes of heads, and cuts sequences into blocks, of multiples of this."""
+_SPLASH_BLOCK = 512
 
 # A finite stand-in for minus infinity: a row that may attend to nothing gives a uniform average, never NaN.
 _MASKED_SCORE = -1e30
+
+
+def implementation(head_dim: int, mesh: Mesh | None) -> Literal["xla", "splash"]:
+    """How whole sequences attend on these devices."""
+    platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+    return "splash" if platform == "tpu" and head_dim % _SPLASH_LANES == 0 else "xla"
+
+
+def make_attend(
+    valid: Bool[Array, "B T"], segments: Int[Array, "B T"] | None, *, head_dim: int, mesh: Mesh | None
+) -> Attend:
+    """Attention within whole sequences, as `causal_mask` says; what padding sees is nobody's business.
+
+    Splash attention knows no `segments`: they must be None where `implementation` says so.
+    """
+    if implementation(head_dim, mesh) == "splash":
+        assert segments is None, "splash attention cannot let several responses share a prompt"
+        return partial(splash_attention, valid=valid, mesh=mesh)
+    return partial(attention, mask=causal_mask(valid, segments))
+
+
+def positions_of(valid: Bool[Array, "B T"], segments: Int[Array, "B T"] | None) -> Int[Array, "B T"]:
+    """A token's position: how many tokens it sees before itself (0 for padding before any)."""
+    if segments is None:
+        return jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+    prompt = jnp.sum(valid & (segments == 0), axis=1, keepdims=True)
+    seen = jnp.cumsum(valid, axis=1)
+    begins = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
+    before = jax.lax.cummax(jnp.where(begins, seen - valid, 0), axis=1)
+    return jnp.maximum(seen - before + jnp.where(segments == 0, 0, prompt) - 1, 0)
+
+
+def splash_attention(
+    queries: Float[Array, "B T N H"],
+    keys: Float[Array, "B T K H"],
+    values: Float[Array, "B T K H"],
+    *,
+    valid: Bool[Array, "B T"],
+    mesh: Mesh | None,
+    interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+    """The same by the splash kernel of JAX, causal, real tokens and padding apart; no scores are kept.
+
+    `interpret` emulates the kernel, for tests on a CPU.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    length = queries.shape[1]
+    padded = -(-length // _SPLASH_LANES) * _SPLASH_LANES
+    block = next(size for size in (_SPLASH_BLOCK, 256, _SPLASH_LANES) if padded % size == 0)
+    sizes = splash.BlockSizes(*[block] * 6, block_q_dq=block, block_kv_dq=block)
+
+    def heads_first(x: Float[Array, "B T N H"]) -> Float[Array, "B N S H"]:
+        return jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
+
+    def attend(queries: Array, keys: Array, values: Array, kinds: Array) -> Any:
+        mask = masks.MultiHeadMask([masks.CausalMask((padded, padded))] * queries.shape[1])
+        kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+        return jax.vmap(kernel)(queries, keys, values, splash.SegmentIds(kinds, kinds))
+
+    if mesh is not None:
+        heads = PartitionSpec(BATCH, "tp")
+        attend = jax.shard_map(
+            attend, mesh=mesh, in_specs=(heads, heads, heads, PartitionSpec(BATCH)), out_specs=heads, check_vma=False
+        )
+    kinds = jnp.pad(valid, ((0, 0), (0, padded - length))).astype(jnp.int32)
+    # The kernel does not scale.
+    scaled = queries * queries.shape[-1] ** -0.5
+    mixed = attend(heads_first(scaled), heads_first(keys), heads_first(values), kinds)
+    return mixed.swapaxes(1, 2)[:, :length]
 
 
 def attention(

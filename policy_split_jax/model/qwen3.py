@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from policy_split_jax.model.attention import attention, causal_mask
+from policy_split_jax.model.attention import attention, causal_mask, make_attend, positions_of
 from policy_split_jax.model.cache import Cache, PromptCache, PromptLayer, attend_cached
 from policy_split_jax.model.sharding import (
     BATCH,
@@ -282,13 +282,11 @@ def forward(
     the activations' type; norms and softmax are in float32. `remat` says what the backward pass computes
     again of each layer: "none" nothing, "dots" all but the matrix products, "full" the whole layer.
     """
-    mask = causal_mask(valid, segments)
-    # A token's position is the number of tokens that it sees before itself.
-    positions = jnp.maximum(jnp.sum(mask, axis=-1) - 1, 0)
-    rotary = rotary_embedding(positions, config.head_dim, config.rope_theta)
+    rotary = rotary_embedding(positions_of(valid, segments), config.head_dim, config.rope_theta)
+    mix = make_attend(valid, segments, head_dim=config.head_dim, mesh=mesh)
 
     def attend(queries: Array, keys: Array, values: Array) -> tuple[Array, None]:
-        return attention(queries, keys, values, mask), None
+        return mix(queries, keys, values), None
 
     @partial(jax.checkpoint, policy=REMAT_POLICIES[remat])
     def block(x: Array, weights: Params) -> tuple[Array, None]:

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from policy_split_jax.model import qwen3
+from policy_split_jax.model.attention import implementation
 from policy_split_jax.model.sharding import BATCH, batch_shards, constrain
 
 
@@ -111,7 +112,9 @@ def score_rollouts(
     """
     questions, contexts, width = prompts.shape
     group, length = responses.shape[1:]
-    per_row = responses_per_row(width, length, questions, group, batch_shards(mesh))
+    # Splash attention cannot tell the responses of one row from each other.
+    apart = implementation(config.head_dim, mesh) == "splash"
+    per_row = 1 if apart else responses_per_row(width, length, questions, group, batch_shards(mesh))
     rows = join_rows(prompts, prompt_lengths, responses, response_lengths, per_row)
     rows = jax.tree.map(lambda values: constrain(values, mesh, None, BATCH), rows)
 
@@ -123,7 +126,7 @@ def score_rollouts(
             rows.tokens,
             config=config,
             valid=rows.valid,
-            segments=rows.segments,
+            segments=None if per_row == 1 else rows.segments,
             dtype=dtype,
             remat=remat,
             mesh=mesh,

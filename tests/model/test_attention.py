@@ -1,0 +1,66 @@
+"""Splash attention against plain attention, and positions against the mask that defines them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from policy_split_jax.model.attention import attention, causal_mask, implementation, positions_of, splash_attention
+from policy_split_jax.model.sharding import make_mesh
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    """Four query heads to two of keys; a row padded on both sides, one that is full."""
+    draw = np.random.default_rng(0)
+    length, head_dim = 150, 128
+    queries = draw.normal(size=(2, length, 4, head_dim)).astype(np.float32)
+    keys, values = draw.normal(size=(2, 2, length, 2, head_dim)).astype(np.float32)
+    valid = np.ones((2, length), bool)
+    valid[0, :40] = valid[0, 120:] = False
+    return jnp.array(queries), jnp.array(keys), jnp.array(values), jnp.array(valid)
+
+
+@pytest.mark.parametrize("on_mesh", [False, True])
+def test_splash_attention_equals_plain_attention(inputs, on_mesh):
+    """Values, and gradients of everything, at the real tokens; the kernel is emulated."""
+    *arrays, valid = inputs
+    mesh = make_mesh(1, 1, 1, jax.devices()[:1]) if on_mesh else None
+    weights = jnp.where(valid[..., None, None], jnp.sin(jnp.arange(128.0)), 0.0)
+
+    def plain(queries, keys, values):
+        mixed = attention(queries, keys, values, causal_mask(valid))
+        return jnp.sum(mixed * weights), mixed
+
+    def splash(queries, keys, values):
+        mixed = splash_attention(queries, keys, values, valid=valid, mesh=mesh, interpret=True)
+        return jnp.sum(mixed * weights), mixed
+
+    expected_gradients, expected = jax.grad(plain, argnums=(0, 1, 2), has_aux=True)(*arrays)
+    gradients, found = jax.grad(splash, argnums=(0, 1, 2), has_aux=True)(*arrays)
+    # Both sum in float32, in another order.
+    np.testing.assert_allclose(found[valid], expected[valid], atol=2e-5)
+    assert np.abs(expected[valid]).max() > 0.5
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        assert np.abs(theirs).max() > 0.5
+        np.testing.assert_allclose(ours, theirs, atol=2e-4)
+
+
+def test_cpus_attend_by_xla():
+    assert implementation(128, None) == "xla"
+    assert implementation(128, make_mesh(1, 1, 1, jax.devices()[:1])) == "xla"
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=12))
+def test_a_position_is_the_number_of_tokens_seen_before(tokens):
+    """Any padding, and segments of any lengths after a prompt."""
+    valid = jnp.array([[real for real, _ in tokens]])
+    segments = jnp.cumsum(jnp.array([[begins for _, begins in tokens]]), axis=1)
+    for chosen in (None, segments):
+        seen = causal_mask(valid, chosen)
+        expected = jnp.maximum(jnp.sum(seen, axis=-1) - 1, 0)
+        found = positions_of(valid, chosen)
+        np.testing.assert_array_equal(found[valid], expected[valid])

@@ -263,7 +263,9 @@ def _gone(pid: int) -> bool:
     for _ in range(200):
         stat = Path(f"/proc/{pid}/stat")
         try:
-            if stat.read_text().rpartition(")")[2].split()[0] == "Z":
+            ended = stat.read_text().rpartition(")")[2].split()[0] == "Z"
+            # Its pipes are open as long as any other of its threads is ending.
+            if ended and len(list(stat.parent.joinpath("task").iterdir())) == 1:
                 return True
         except (FileNotFoundError, ProcessLookupError):
             return True

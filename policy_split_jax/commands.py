@@ -193,10 +193,10 @@ def serve(options: argparse.Namespace) -> None:
     with socket.socket() as bound:
         _bind(bound, options.host, options.port)
         policy, params = _load(options)
-        # Once, instead of in every call.
-        params = jax.tree.map(lambda leaf: leaf.astype(options.dtype), params)
         engine = EngineConfig(policy.config, policy.stop_ids, options.slots, options.decode_steps, options.dtype)
         service = EngineService(Batcher(engine, params, **limits))
+        # The engine has weights of its own.
+        del params
         service.start()
         name = options.name or Path(options.checkpoint or options.model or EMBEDDED).resolve().name
         host, port = bound.getsockname()[:2]

@@ -11,7 +11,8 @@ def test_on_eight_devices():
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
         "JAX_PLATFORMS": "cpu",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/devices"]
+    # Uncaptured, or pytest would keep to itself what XLA says in tests that pass.
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "tests/devices"]
     done = subprocess.run(
         command, cwd=Path(__file__).parents[1], env=os.environ | flags, capture_output=True, text=True, timeout=900
     )

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from policy_split_jax.model.sharding import BATCH
 
-Attend = Callable[[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]], Float[Array, "B T N H"]]
+Mix = Callable[[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]], Float[Array, "B T N H"]]
 _SPLASH_LANES = 128
 """Splash attention takes sizes of heads, and cuts sequences into blocks, of multiples of this."""
 _SPLASH_BLOCK = 512
@@ -32,7 +32,7 @@ def implementation(head_dim: int, mesh: Mesh | None) -> Literal["xla", "splash"]
 
 def make_attend(
     valid: Bool[Array, "B T"], segments: Int[Array, "B T"] | None, *, head_dim: int, mesh: Mesh | None
-) -> Attend:
+) -> Mix:
     """Attention within whole sequences, as `causal_mask` says; what padding sees is nobody's business.
 
     Splash attention knows no `segments`: they must be None where `implementation` says so.

@@ -43,8 +43,8 @@ def make_mesh(data: int, fsdp: int, tp: int, devices: Sequence[Any]) -> Mesh:
     if sizes.count(-1) > 1:
         raise ValueError(f"mesh: only one of data ({data}), fsdp ({fsdp}) and tp ({tp}) may be -1")
     if -1 in sizes:
-        sizes[sizes.index(-1)] = max(1, len(devices) // -int(np.prod(sizes)))
-    if np.prod(sizes) != len(devices):
+        sizes[sizes.index(-1)] = max(1, len(devices) // -math.prod(sizes))
+    if math.prod(sizes) != len(devices):
         raise ValueError(
             f"mesh: data x fsdp x tp is {' x '.join(map(str, sizes))}, but there are {len(devices)} devices"
         )

@@ -1,4 +1,4 @@
-"""The command line: `policy-split train | sft | sample | score | eval | serve | export | report`."""
+"""The command line: `policy-split train | sft | sample | score | eval | serve | export | report | plan`."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ _MODES = ("normal", "high-entropy", "both")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
+    """Entry point; returns the exit code: 0, 1 for a plan that does not fit, 2 for bad input, 130 when interrupted."""
     options = _parse(arguments)
     # Models are local folders; nothing is ever looked up on a hub.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,8 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "serve": commands.serve,
             "export": commands.export,
             "report": commands.report,
+            "plan": commands.plan,
         }[options.command]
-        run(options)
+        return run(options) or 0
     except UserError as error:
         print(f"policy-split: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -47,7 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename else ""
         print(f"policy-split: error: {place}{error.strerror or error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     _serve(commands)
     _export(commands)
     _report(commands)
+    _plan(commands)
     return parser
 
 
@@ -112,6 +113,12 @@ def _train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
     parser.add_argument("--resume", action="store_true", help="fail unless there is a checkpoint to resume from")
     _model_options(parser)
+    cluster = parser.add_argument_group(
+        "several processes", "Needed only where neither SLURM, Open MPI nor a TPU pod tells of the other processes."
+    )
+    cluster.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    cluster.add_argument("--processes", type=_positive, metavar="N", help="how many there are")
+    cluster.add_argument("--process-id", type=_count, metavar="I", help="which one this is, from 0")
 
 
 def _sft(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -219,6 +226,22 @@ def _report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
     parser.add_argument("--output", metavar="FILE", help="page to write (default: report.html in the first run)")
+
+
+def _plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="whether a run fits a TPU slice, and what a step takes there at best",
+        description="Compiles every program of a run for hardware that is not there, and adds up memory and time. "
+        "Exits with 1 when it does not fit. Needs the tpu extra, and no TPU.",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, for example configs/qwen3_1p7b.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
+    parser.add_argument("--topology", metavar="NAME", required=True, help="v5e:4x8, v5p:4x4x4, v6e:8x8, v4:2x2x2, ...")
+    parser.add_argument(
+        "--mean-response", type=_positive, metavar="N", help="tokens of a mean response (default: half of the longest)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
 
 
 def _number(text: str, kind: Callable[[str], Any], rule: str, holds: Callable[[Any], bool]) -> Any:

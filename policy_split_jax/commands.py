@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import socket
 import sys
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ from policy_split_jax.files import check_output, whole_file, write_json
 from policy_split_jax.model import huggingface, qwen3
 from policy_split_jax.modes import HIGH_ENTROPY, MODE_NAMES, NORMAL
 from policy_split_jax.policy import Policy, load_model, write_prompts
+from policy_split_jax.processes import Cluster, join_others
 
 _MODES = {"normal": (NORMAL,), "high-entropy": (HIGH_ENTROPY,), "both": (NORMAL, HIGH_ENTROPY)}
 
@@ -29,7 +31,23 @@ def train(options: argparse.Namespace) -> None:
 
     sources = {"model.path": options.model, "model.checkpoint": options.checkpoint}
     chosen = [f"{key}={json.dumps(value)}" for key, value in sources.items() if value]
-    run(settings.load(RunConfig, options.config, [*options.overrides, *chosen]), must_resume=options.resume)
+    config = settings.load(RunConfig, options.config, [*options.overrides, *chosen])
+    join_others(_cluster(options))
+    run(config, must_resume=options.resume)
+
+
+def _cluster(options: argparse.Namespace) -> Cluster | None:
+    given = (options.coordinator, options.processes, options.process_id)
+    if given == (None, None, None):
+        return None
+    if None in given:
+        raise UserError("--coordinator, --processes and --process-id belong together; give all three")
+    host, _, port = options.coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"--coordinator {options.coordinator}: write host:port, for example 10.0.0.2:1234")
+    if options.process_id >= options.processes:
+        raise UserError(f"--process-id {options.process_id}: it must be from 0 to {options.processes - 1}")
+    return Cluster(*given)
 
 
 def sft(options: argparse.Namespace) -> None:
@@ -218,6 +236,30 @@ def report(options: argparse.Namespace) -> None:
 
     runs = [Path(run) for run in options.runs]
     print(write_report(runs, Path(options.output) if options.output else runs[0] / "report.html"))
+
+
+def plan(options: argparse.Namespace) -> int:
+    """`policy-split plan CONFIG --topology NAME`; 1 where the run does not fit."""
+    from rich.console import Console
+
+    # Whatever this machine has stays unused; and libtpu should not look for the pod that it is not in.
+    os.environ.update({"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"})
+    jax.config.update("jax_platforms", "cpu")
+    from policy_split_jax.planning.plan import make_plan
+    from policy_split_jax.planning.show import show, to_json
+
+    config = settings.load(RunConfig, options.config, options.overrides)
+    progress = Console(stderr=True)
+    with progress.status("compiling") as status:
+        found = make_plan(
+            config, options.topology, options.mean_response, lambda name: status.update(f"compiling {name} ...")
+        )
+    if options.json:
+        print(json.dumps(to_json(found, config), indent=2))
+    else:
+        # A table is not cut where nobody looks at a terminal.
+        show(found, config, Console(highlight=False, width=None if sys.stdout.isatty() else 150))
+    return 0 if found.fits else 1
 
 
 def _load(options: argparse.Namespace) -> tuple[Policy, qwen3.Params]:

@@ -144,7 +144,7 @@ class RolloutConfig:
     """0 is off. Truncated sampling biases the update: leave it off unless you know why."""
     top_p: float = 1.0
     slots: int = 64
-    """Rollouts decoded at once; finished ones make room for waiting ones."""
+    """Rollouts decoded at once, on all devices together; finished ones make room for waiting ones."""
     decode_steps: int = 8
     """Decode steps between two looks of the host."""
 
@@ -209,6 +209,9 @@ class TrainConfig:
     """1: advantages come from the update's own forward pass. More: rollouts are scored first."""
     microbatch_questions: int = 0
     """Questions in one forward and backward pass; 0 is all of them. Changes memory, not results."""
+    microbatch_rows: int = 0
+    """Instead of so many questions: so many rows of rollout.max_prompt_tokens + rollout.max_new_tokens tokens, with
+    as many questions as fit, their sequences one behind another without padding. 0 is off."""
     score_chunk: int = 256
     """Tokens of each sequence whose logits exist at once."""
     eval_every: int = 0
@@ -223,7 +226,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _at_least(1, self, "steps", "updates_per_step", "score_chunk", "save_every", "keep_checkpoints")
-        _at_least(0, self, "microbatch_questions", "eval_every", "sample_questions")
+        _at_least(0, self, "microbatch_questions", "microbatch_rows", "eval_every", "sample_questions")
+        if self.microbatch_questions and self.microbatch_rows:
+            raise ValueError("microbatch_questions and microbatch_rows exclude each other; set one of them to 0")
         _check_seed(self.seed)
 
 
@@ -278,6 +283,12 @@ class RunConfig:
         if (questions // updates) % micro:
             raise ValueError(
                 f"train.microbatch_questions ({micro}) must divide the {questions // updates} questions of an update"
+            )
+        rows, rollouts = self.train.microbatch_rows, 2 * self.rollout.rollouts_per_mode
+        if 0 < rows < rollouts:
+            raise ValueError(
+                f"train.microbatch_rows ({rows}) must be at least the {rollouts} rollouts of a question, "
+                "each of which may need a row of its own"
             )
 
     @property

@@ -4,10 +4,24 @@ Values at masked positions may be anything, NaN and infinity included: they are 
 used, so they reach neither the result nor its gradient.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
 Axis = int | tuple[int, ...] | None
+
+
+class Mean(NamedTuple):
+    """A mean whose parts are still to be added to those of other microbatches."""
+
+    total: Float[Array, "..."]
+    number: Float[Array, "..."]
+
+    @property
+    def value(self) -> Float[Array, "..."]:
+        """0 where there is nothing to take the mean of."""
+        return self.total / jnp.maximum(self.number, 1.0)
 
 
 def where(mask: Bool[Array, "..."], values: Shaped[Array, "..."], fill: float = 0.0) -> Shaped[Array, "..."]:
@@ -31,9 +45,15 @@ def mean(
     values: Float[Array, "..."], mask: Bool[Array, "..."], axis: Axis = None, keepdims: bool = False
 ) -> Float[Array, "..."]:
     """Mean over the true positions; 0 where there are none."""
+    return mean_parts(values, mask, axis, keepdims).value
+
+
+def mean_parts(
+    values: Float[Array, "..."], mask: Bool[Array, "..."], axis: Axis = None, keepdims: bool = False
+) -> Mean:
+    """Sum and number of the true positions."""
     mask = jnp.broadcast_to(mask, values.shape)
-    number = count(mask, axis, keepdims)
-    return total(values, mask, axis, keepdims) / jnp.maximum(number, 1.0)
+    return Mean(total(values, mask, axis, keepdims), count(mask, axis, keepdims))
 
 
 def std(

@@ -1,16 +1,19 @@
 """From questions to graded rollouts of both modes: what training and evaluation share."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 
 import jax
 import numpy as np
 from jaxtyping import Array, Key
 
+from policy_split_jax import processes
 from policy_split_jax.data.formats import Row
 from policy_split_jax.errors import UserError
 from policy_split_jax.model import qwen3
 from policy_split_jax.modes import HIGH_ENTROPY, NORMAL, render_both, shared_prefix
+from policy_split_jax.padding import TokenRow
 from policy_split_jax.policy import Policy
 from policy_split_jax.rewards import Grade, GradeItem, GraderPool
 from policy_split_jax.sampler.batcher import Prompt, Rollout, Sampling
@@ -33,8 +36,13 @@ class Group:
     rollouts: list[Rollout]
     modes: list[int]
     """The mode that sampled each rollout."""
-    texts: list[str]
+    to_text: Callable[[TokenRow], str]
     grades: list[Grade] = field(default_factory=list)
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """Made when they are asked for: a process grades a part of the groups only."""
+        return [self.to_text(rollout.tokens) for rollout in self.rollouts]
 
 
 def sample_groups(
@@ -74,22 +82,24 @@ def sample_groups(
                 prompts[at],
                 rollouts,
                 [mode for mode in modes for _ in range(per_mode)],
-                [policy.text(rollout.tokens) for rollout in rollouts],
+                policy.text,
             )
         )
     return groups
 
 
 def grade_groups(pool: GraderPool, groups: Sequence[Group]) -> None:
-    """Grades every rollout, in place."""
+    """Grades every rollout, in place; each process of a run grades its share and tells the others."""
+    own = processes.share(len(groups))
     items = [
         GradeItem(text, group.row.ground_truth, group.row.data_source, group.row.extra_info)
-        for group in groups
+        for group in groups[own]
         for text in group.texts
     ]
-    grades = iter(pool.grade(items))
+    shared = processes.gather([asdict(grade) for grade in pool.grade(items)])
+    grades = (Grade(**grade) for part in shared for grade in part)
     for group in groups:
-        group.grades = [next(grades) for _ in group.texts]
+        group.grades = [next(grades) for _ in group.rollouts]
 
 
 def render_prompts(policy: Policy, rows: Sequence[Row], limit: int) -> list[tuple[list[int], list[int]]]:

@@ -14,7 +14,7 @@ from policy_split_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Question:
-    """A row and its index among all rows, the same in every process."""
+    """A row and its index among all rows."""
 
     index: int
     row: Row
@@ -49,26 +49,21 @@ def make_iterator(
     *,
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
     shuffle: bool = True,
 ) -> grain.DatasetIterator:
-    """Endless lists of batch_size / process_count `Question`s, this process's slice of each global batch.
+    """Endless lists of batch_size `Question`s, the same in every process of a run.
 
-    The slices of all processes, joined in order, are the batch of a single process. Rows repeat before they
-    are batched: every row comes once an epoch, no batch is partial, and a batch may join two epochs. The
-    state (`state_to_json`) counts global batches, so it also fits another number of processes.
+    Rows repeat before they are batched: every row comes once an epoch, no batch is partial, and a batch may join
+    two epochs. The state (`state_to_json`) fits any number of processes.
 
     Raises UserError when the sizes do not fit each other.
     """
-    _check(len(rows), batch_size, seed, process_index, process_count)
-    share = batch_size // process_count
-    own = slice(process_index * share, (process_index + 1) * share)
+    _check(len(rows), batch_size, seed)
     indices = grain.MapDataset.source(range(len(rows))).seed(seed)
     if shuffle:
         indices = indices.shuffle()
     batches = indices.repeat().batch(batch_size, batch_fn=list)
-    questions = batches.map(lambda batch: [Question(index, rows[index]) for index in batch[own]])
+    questions = batches.map(lambda batch: [Question(index, rows[index]) for index in batch])
     # The rows are in memory: threads and a read-ahead buffer would only cost.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     return iter(questions.to_iter_dataset(options))
@@ -84,12 +79,8 @@ def restore_state(iterator: grain.DatasetIterator, state: dict[str, Any]) -> Non
     iterator.set_state(state)
 
 
-def _check(rows: int, batch_size: int, seed: int, process_index: int, process_count: int) -> None:
+def _check(rows: int, batch_size: int, seed: int) -> None:
     if not 1 <= batch_size <= rows:
         raise UserError(f"batch size {batch_size} does not fit {rows} rows; choose one in 1..{rows}")
-    if not 0 <= process_index < process_count:
-        raise UserError(f"process index {process_index} must lie in 0..{process_count - 1}")
-    if batch_size % process_count:
-        raise UserError(f"batch size {batch_size} does not divide among {process_count} processes; choose a multiple")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed {seed} must lie in 0..{2**32 - 1}")

@@ -1,10 +1,11 @@
 """Evaluation of both modes: what the graders say, and what the two distributions look like."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from policy_split_jax.data.formats import Row
 from policy_split_jax.evaluation import metrics
 from policy_split_jax.model import qwen3
+from policy_split_jax.model.sharding import batch_shards, replicated
 from policy_split_jax.modes import HIGH_ENTROPY, MODE_NAMES, NORMAL
 from policy_split_jax.objective.scorer import TokenScores, score_rollouts
 from policy_split_jax.policy import Policy
@@ -37,7 +39,14 @@ _SCORED_TOKENS = 1 << 16
 """Questions scored at once: at most so many, and no more than have so many tokens under both modes, but one."""
 
 Row_ = dict[str, Any]
-Scorer = Callable[[qwen3.Params, Batch], TokenScores]
+
+
+class Scorer(NamedTuple):
+    """Scores batches under both modes, at temperature 1, with the exact KL between them."""
+
+    run: Callable[[qwen3.Params, Batch], TokenScores]
+    shards: int
+    """The rollouts of a batch are divided over so many devices."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +61,9 @@ class GroupScores:
 def make_scorer(
     config: qwen3.Qwen3Config, *, dtype: DTypeLike = jnp.float32, chunk: int = 256, mesh: Mesh | None = None
 ) -> Scorer:
-    """A jitted scorer of batches under both modes, at temperature 1, with the exact KL between them."""
+    """The scorer of a model, jitted."""
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=mesh and replicated(mesh))
     def score(params: qwen3.Params, batch: Batch) -> TokenScores:
         return score_rollouts(
             params,
@@ -69,7 +78,7 @@ def make_scorer(
             mesh=mesh,
         )
 
-    return score
+    return Scorer(score, batch_shards(mesh))
 
 
 def score_groups(
@@ -82,7 +91,11 @@ def score_groups(
 ) -> list[GroupScores]:
     """Scores every rollout under both modes, a few questions at a time, in their order."""
     scored: list[GroupScores] = []
-    at_once = _questions_at_once(groups)
+    tokens = max(
+        2 * len(group.rollouts) * (max(map(len, group.prompts)) + max(len(r.tokens) for r in group.rollouts))
+        for group in groups
+    )
+    at_once = questions_at_once(len(groups[0].rollouts), tokens, scorer.shards)
     for start in range(0, len(groups), at_once):
         part = list(groups[start : start + at_once])
         # The last part is filled up, so that one compiled program serves.
@@ -95,19 +108,21 @@ def score_groups(
             max_prompt_tokens=max_prompt_tokens,
             max_new_tokens=max_new_tokens,
         )
-        scores = jax.device_get(scorer(params, batch))
+        scores = jax.device_get(scorer.run(params, batch))
         scored += [
             GroupScores(scores.entropy[:, at], scores.logprobs[:, at], scores.kl[:, at]) for at in range(len(part))
         ]
     return scored
 
 
-def _questions_at_once(groups: Sequence[Group]) -> int:
-    tokens = max(
-        2 * len(group.rollouts) * (max(map(len, group.prompts)) + max(len(r.tokens) for r in group.rollouts))
-        for group in groups
-    )
-    return min(_SCORED_QUESTIONS, max(1, _SCORED_TOKENS // tokens))
+def questions_at_once(group: int, tokens: int, shards: int) -> int:
+    """How many questions are scored at once, of `tokens` tokens each under both modes together.
+
+    Few, since whole batches are kept; but so many that their rollouts can be divided evenly over the devices,
+    which costs nobody memory.
+    """
+    least = shards // math.gcd(group, shards)
+    return max(least, min(_SCORED_QUESTIONS, _SCORED_TOKENS // tokens) // least * least)
 
 
 def rewards_of(groups: Sequence[Group], mode: int) -> Float[np.ndarray, "Q n"]:

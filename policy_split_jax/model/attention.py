@@ -1,7 +1,7 @@
 """Attention over keys and values, with grouped query heads; the one place that computes it.
 
-`make_attend` chooses how whole sequences attend: plain XLA, or on a TPU splash attention, which never holds a
-sequence's scores. Decoding and prompts are short of queries and always plain.
+`make_attend` chooses how whole sequences attend: plain XLA, on a TPU splash attention, on a GPU that of cuDNN, which
+never hold a sequence's scores. Decoding and prompts are short of queries and always plain.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from policy_split_jax.model.sharding import BATCH
@@ -19,27 +20,43 @@ Mix = Callable[[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "
 _SPLASH_LANES = 128
 """Splash attention takes sizes of heads, and cuts sequences into blocks, of multiples of this."""
 _SPLASH_BLOCK = 512
+_CUDNN_HEAD_DIM = 128
+"""The largest head that cuDNN takes on every GPU."""
 
 # A finite stand-in for minus infinity: a row that may attend to nothing gives a uniform average, never NaN.
 _MASKED_SCORE = -1e30
 
 
-def implementation(head_dim: int, mesh: Mesh | None) -> Literal["xla", "splash"]:
-    """How whole sequences attend on these devices."""
+def implementation(head_dim: int, mesh: Mesh | None, dtype: DTypeLike) -> Literal["xla", "splash", "cudnn"]:
+    """How whole sequences attend on these devices, with activations of this type."""
     platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
-    return "splash" if platform == "tpu" and head_dim % _SPLASH_LANES == 0 else "xla"
+    if platform == "tpu" and head_dim % _SPLASH_LANES == 0:
+        return "splash"
+    narrow = jnp.dtype(dtype).itemsize == 2
+    if platform in ("gpu", "cuda") and narrow and head_dim % 8 == 0 and head_dim <= _CUDNN_HEAD_DIM:
+        return "cudnn"
+    return "xla"
 
 
 def make_attend(
-    valid: Bool[Array, "B T"], segments: Int[Array, "B T"] | None, *, head_dim: int, mesh: Mesh | None
+    valid: Bool[Array, "B T"],
+    segments: Int[Array, "B T"] | None,
+    *,
+    head_dim: int,
+    mesh: Mesh | None,
+    dtype: DTypeLike,
 ) -> Mix:
     """Attention within whole sequences, as `causal_mask` says; what padding sees is nobody's business.
 
-    Splash attention knows no `segments`: they must be None where `implementation` says so.
+    Splash attention knows no segment that others see: where `implementation` says so, no real token may be of
+    segment 0.
     """
-    if implementation(head_dim, mesh) == "splash":
-        assert segments is None, "splash attention cannot let several responses share a prompt"
-        return partial(splash_attention, valid=valid, mesh=mesh)
+    kind = implementation(head_dim, mesh, dtype)
+    if kind == "splash":
+        kinds = valid.astype(jnp.int32) if segments is None else jnp.where(valid, segments, 0)
+        return partial(splash_attention, kinds=kinds, mesh=mesh)
+    if kind == "cudnn":
+        return partial(cudnn_attention, mask=causal_mask(valid, segments), mesh=mesh)
     return partial(attention, mask=causal_mask(valid, segments))
 
 
@@ -59,11 +76,11 @@ def splash_attention(
     keys: Float[Array, "B T K H"],
     values: Float[Array, "B T K H"],
     *,
-    valid: Bool[Array, "B T"],
+    kinds: Int[Array, "B T"],
     mesh: Mesh | None,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """The same by the splash kernel of JAX, causal, real tokens and padding apart; no scores are kept.
+    """The same by the splash kernel of JAX, causal, only among tokens of one kind; no scores are kept.
 
     `interpret` emulates the kernel, for tests on a CPU.
     """
@@ -88,11 +105,32 @@ def splash_attention(
         attend = jax.shard_map(
             attend, mesh=mesh, in_specs=(heads, heads, heads, PartitionSpec(BATCH)), out_specs=heads, check_vma=False
         )
-    kinds = jnp.pad(valid, ((0, 0), (0, padded - length))).astype(jnp.int32)
+    kinds = jnp.pad(kinds, ((0, 0), (0, padded - length)))
     # The kernel does not scale.
     scaled = queries * queries.shape[-1] ** -0.5
     mixed = attend(heads_first(scaled), heads_first(keys), heads_first(values), kinds)
     return mixed.swapaxes(1, 2)[:, :length]
+
+
+def cudnn_attention(
+    queries: Float[Array, "B T N H"],
+    keys: Float[Array, "B T K H"],
+    values: Float[Array, "B T K H"],
+    *,
+    mask: Bool[Array, "B T T"],
+    mesh: Mesh | None,
+) -> Float[Array, "B T N H"]:
+    """The same by cuDNN's kernel, which keeps no scores: of T² there is only the mask, one for all layers and heads."""
+
+    def attend(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
+        return jax.nn.dot_product_attention(queries, keys, values, mask=mask[:, None], implementation="cudnn")
+
+    if mesh is not None:
+        heads = PartitionSpec(BATCH, None, "tp")
+        attend = jax.shard_map(
+            attend, mesh=mesh, in_specs=(heads, heads, heads, PartitionSpec(BATCH)), out_specs=heads, check_vma=False
+        )
+    return attend(queries, keys, values, mask)
 
 
 def attention(

@@ -283,7 +283,7 @@ def forward(
     again of each layer: "none" nothing, "dots" all but the matrix products, "full" the whole layer.
     """
     rotary = rotary_embedding(positions_of(valid, segments), config.head_dim, config.rope_theta)
-    mix = make_attend(valid, segments, head_dim=config.head_dim, mesh=mesh)
+    mix = make_attend(valid, segments, head_dim=config.head_dim, mesh=mesh, dtype=dtype)
 
     def attend(queries: Array, keys: Array, values: Array) -> tuple[Array, None]:
         return mix(queries, keys, values), None

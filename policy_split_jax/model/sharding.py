@@ -48,7 +48,9 @@ def make_mesh(data: int, fsdp: int, tp: int, devices: Sequence[Any]) -> Mesh:
         raise ValueError(
             f"mesh: data x fsdp x tp is {' x '.join(map(str, sizes))}, but there are {len(devices)} devices"
         )
-    return Mesh(np.asarray(devices, dtype=object).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    # A process's devices side by side, so that a `tp` group stays within it.
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return Mesh(np.asarray(ordered, dtype=object).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def batch_shards(mesh: Mesh | None) -> int:

@@ -4,8 +4,10 @@ The language-model head is applied inside each chunk and recomputed in the backw
 whole batch `[B, T, V]` never exist.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +99,7 @@ def score_rollouts(
     response_lengths: Int[Array, "P G"],
     *,
     config: qwen3.Qwen3Config,
+    places: "Places | None" = None,
     dtype: DTypeLike = jnp.float32,
     remat: str = "none",
     temperature: float = 1.0,
@@ -106,52 +109,137 @@ def score_rollouts(
 ) -> TokenScores:
     """Scores every rollout after each of its question's M prompts; arrays [M, P, G, T].
 
-    Prompts are padded on the left, responses on the right, so that the responses of all rows lie in the same
-    columns. The state before a token predicts it: the shift made here is the project's only one. Scores of
-    padding are finite and mean nothing.
+    Prompts are padded on the left, responses on the right. With `places` the sequences are packed into rows
+    without that padding. Scores of padding are finite and mean nothing.
     """
-    questions, contexts, width = prompts.shape
-    group, length = responses.shape[1:]
-    # Splash attention cannot tell the responses of one row from each other.
-    apart = implementation(config.head_dim, mesh) == "splash"
-    per_row = 1 if apart else responses_per_row(width, length, questions, group, batch_shards(mesh))
-    rows = join_rows(prompts, prompt_lengths, responses, response_lengths, per_row)
-    rows = jax.tree.map(lambda values: constrain(values, mesh, None, BATCH), rows)
+    if places is None:
+        # Splash attention cannot tell the responses of one row from each other.
+        apart = implementation(config.head_dim, mesh, dtype) == "splash"
+        questions, group, length = responses.shape
+        per_row = 1 if apart else responses_per_row(prompts.shape[2], length, questions, group, batch_shards(mesh))
+        layout = joined(prompts, prompt_lengths, responses, response_lengths, per_row)
+    else:
+        layout = packed(prompts, prompt_lengths, responses, response_lengths, places)
+    rows = jax.tree.map(lambda values: constrain(values, mesh, None, BATCH), layout.rows)
 
     # The contexts are an axis of their own: a rollout's states under all of them lie on the same device.
     @jax.vmap
-    def states_before(rows: Rows) -> Float[Array, "B R T D"]:
+    def states_before(rows: Rows) -> Float[Array, "B T D"]:
         hidden = qwen3.forward(
             params,
             rows.tokens,
             config=config,
             valid=rows.valid,
-            segments=None if per_row == 1 else rows.segments,
+            segments=rows.segments,
             dtype=dtype,
             remat=remat,
             mesh=mesh,
         )
-        return _states_before(hidden, width, per_row)
+        return layout.states(hidden)
 
     scores = score_hidden(
         qwen3.lm_head(params, config),
-        states_before(rows).reshape(contexts, questions * group, length, -1),
-        responses.reshape(questions * group, length),
+        states_before(rows),
+        layout.targets,
         temperature=temperature,
         chunk=chunk,
         with_kl=with_kl,
         mesh=mesh,
     )
-    return jax.tree.map(lambda values: values.reshape(contexts, questions, group, length), scores)
+    return jax.tree.map(lambda values: layout.restore(constrain(values, mesh)), scores)
 
 
 class Rows(NamedTuple):
-    """Prompts with some of their responses behind them, as `qwen3.forward` reads them."""
+    """Sequences as `qwen3.forward` reads them."""
 
     tokens: Int[Array, "*M B W"]
     valid: Bool[Array, "*M B W"]
-    segments: Int[Array, "*M B W"]
-    """0 for the prompt, 1, 2, … for the responses, which do not see each other."""
+    segments: Int[Array, "*M B W"] | None
+    """Which tokens see each other (`attention.causal_mask`); None where all of a row do."""
+
+
+class Layout(NamedTuple):
+    """Where prompts and responses lie in rows, and how to find their scores again.
+
+    The state before a token predicts it: the shift made here, in two ways, is the project's only one.
+    """
+
+    rows: Rows
+    targets: Int[Array, "B T"]
+    """What is scored."""
+    states: Callable[[Float[Array, "R W D"]], Float[Array, "B T D"]]
+    """From the states of rows to those before the targets."""
+    restore: Callable[[Float[Array, "M B T"]], Float[Array, "M P G T"]]
+    """From scores of targets to scores of rollouts."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["rows", "starts"], meta_fields=["height", "width"])
+@dataclass(frozen=True)
+class Places:
+    """Where each rollout lies in `height` rows of `width` columns, under every mode alike."""
+
+    # Any: those who pass trees on put shardings, shapes and NumPy arrays in their place.
+    rows: Any
+    """[P, G], integers."""
+    starts: Any
+    """[P, G], the column of its first token; its prompt, of whichever mode, ends before it."""
+    height: int
+    width: int
+
+
+def packed(
+    prompts: Int[Array, "P M S"],
+    prompt_lengths: Int[Array, "P M"],
+    responses: Int[Array, "P G T"],
+    response_lengths: Int[Array, "P G"],
+    places: Places,
+) -> Layout:
+    """Every response behind its own copy of the prompt, many such sequences in a row."""
+    (questions, _, before), (_, group, length) = prompts.shape, responses.shape
+    cells, nowhere = (places.height, places.width), places.height * places.width
+    first = (places.rows * places.width + places.starts)[..., None]
+    steps = jnp.arange(length)
+    filled = steps < response_lengths[..., None]
+    numbers = 1 + jnp.arange(questions * group).reshape(questions, group, 1)
+    at = jnp.where(filled, first + steps, nowhere)
+
+    def put(row: Int[Array, "C"], at: Int[Array, "P G N"], values: Int[Array, "P #G #N"]) -> Int[Array, "C"]:
+        return row.at[at].set(jnp.broadcast_to(values, at.shape), mode="drop")
+
+    empty = jnp.zeros(nowhere, responses.dtype)
+    tokens, segments = put(empty, at, responses), put(empty, at, numbers)
+
+    def of_mode(prompt: Int[Array, "P S"], size: Int[Array, "P"]) -> Rows:
+        column = jnp.arange(before) - before
+        prompt_at = jnp.where(column >= -size[:, None, None], first + column, nowhere)
+        own = put(segments, prompt_at, numbers).reshape(cells)
+        return Rows(put(tokens, prompt_at, prompt[:, None]).reshape(cells), own > 0, own)
+
+    def restore(scores: Float[Array, "M R W"]) -> Float[Array, "M P G T"]:
+        return scores.reshape(scores.shape[0], -1)[:, jnp.where(filled, first + steps - 1, 0)]
+
+    rows = jax.vmap(of_mode, in_axes=1)(prompts, prompt_lengths)
+    return Layout(rows, jnp.roll(tokens, -1).reshape(cells), lambda hidden: hidden, restore)
+
+
+def joined(
+    prompts: Int[Array, "P M S"],
+    prompt_lengths: Int[Array, "P M"],
+    responses: Int[Array, "P G T"],
+    response_lengths: Int[Array, "P G"],
+    per_row: int,
+) -> Layout:
+    """Padded prompts, each with `per_row` of its padded responses behind it, in the same columns of every row."""
+    questions, group, length = responses.shape
+    rows = join_rows(prompts, prompt_lengths, responses, response_lengths, per_row)
+    if per_row == 1:
+        rows = rows._replace(segments=None)
+    targets = responses.reshape(questions * group, length)
+
+    def states(hidden: Float[Array, "R W D"]) -> Float[Array, "B T D"]:
+        return _states_before(hidden, prompts.shape[2], per_row).reshape(*targets.shape, -1)
+
+    return Layout(rows, targets, states, lambda scores: scores.reshape(-1, questions, group, length))
 
 
 def responses_per_row(width: int, length: int, questions: int, group: int, shards: int) -> int:
@@ -173,7 +261,10 @@ def join_rows(
     response_lengths: Int[Array, "P G"],
     per_row: int,
 ) -> Rows:
-    """Every response behind every prompt of its question: [M, P·G/per_row, S + per_row·T]."""
+    """Every response behind every prompt of its question: [M, P·G/per_row, S + per_row·T].
+
+    A row's prompt is segment 0, its responses 1, 2, …, which see the prompt and not each other.
+    """
     questions, contexts, width = prompts.shape
     group, length = responses.shape[1:]
     rows, tail = group // per_row, per_row * length

@@ -17,11 +17,13 @@ from policy_split_jax.model import qwen3
 from policy_split_jax.model.cache import PromptCache
 from policy_split_jax.model.sharding import batch_shards
 from policy_split_jax.padding import bucket, lengths, pad_right
+from policy_split_jax.processes import fetch
 from policy_split_jax.sampler import engine
 from policy_split_jax.sampler.sampling import SamplingSettings
 
 FinishReason = Literal["stop", "length"]
-_PREFILL_ROWS = 16
+# Prompts computed together: at most so many, and fewer where they are long.
+_PREFILL_ROWS, _PREFILL_TOKENS = 16, 1 << 13
 # Insertions are padded to one of few counts, each four times the one before: a program for each.
 _SMALLEST_INSERTION = 8
 # A shared beginning shorter than this is not worth a program of its own.
@@ -72,7 +74,10 @@ class EngineConfig:
     """Decode steps between two looks of the host."""
     dtype: DTypeLike = jnp.float32
     mesh: Mesh | None = None
-    """The devices, all of this process; slots are divided over them. None: the default device alone."""
+    """The devices; slots are divided over them. None: the default device alone.
+
+    With several processes all of them make the same calls: a batcher decides by what it is given alone.
+    """
 
     def __post_init__(self) -> None:
         if self.slots % batch_shards(self.mesh):
@@ -201,7 +206,7 @@ class Batcher:
         """The rollouts in slots so far; the finish reason means nothing yet."""
         if self._state is None:
             return []
-        tokens, logprobs = jax.device_get((self._state.tokens, self._state.logprobs))
+        tokens, logprobs = fetch((self._state.tokens, self._state.logprobs))
         return [
             (
                 Place(item.request.name, item.index),
@@ -248,7 +253,7 @@ class Batcher:
     def _next_requests(self) -> list[_Request]:
         """The first request and those behind it that can be computed with it."""
         kind = self._requests[0].kind
-        chosen = list(islice((item for item in self._requests if item.kind == kind), _PREFILL_ROWS))
+        chosen = list(islice((item for item in self._requests if item.kind == kind), prefill_rows(kind.width)))
         names = set(map(id, chosen))
         self._requests = deque(item for item in self._requests if id(item) not in names)
         return chosen
@@ -257,7 +262,7 @@ class Batcher:
         """Every rollout of these requests; each prompt is computed once."""
         width, shared = requests[0].kind
         rows = [request.tokens[len(shared) :] for request in requests]
-        rows += [[0]] * (_quadruple(len(rows), 1, _PREFILL_ROWS) - len(rows))
+        rows += [[0]] * (_quadruple(len(rows), 1, prefill_rows(width)) - len(rows))
         prefix = self._prefill(rows, width, self._shared_part(shared))
         for row, request in enumerate(requests):
             for index in range(len(request.keys)):
@@ -290,7 +295,7 @@ class Batcher:
 
     def _inserted(self, state: engine.DecodeState, group: list[tuple[int, _Waiting]]) -> engine.DecodeState:
         """Copies one prefix into the slots of its rollouts."""
-        unused = _quadruple(len(group), _SMALLEST_INSERTION, self._config.slots) - len(group)
+        unused = insertion_size(len(group), self._config.slots) - len(group)
         items = [item for _, item in group] + [group[0][1]] * unused
         samplings = [item.request.sampling for item in items]
         request = engine.SlotRequest(
@@ -308,13 +313,13 @@ class Batcher:
 
     def _collect(self, state: engine.DecodeState) -> list[tuple[Place, Rollout]]:
         """Takes the rollouts that have ended out of their slots."""
-        live, sizes = jax.device_get((state.live, state.lengths))
+        live, sizes = fetch((state.live, state.lengths))
         for slot, item in self._running.items():
             item.length = int(sizes[slot])
         ended = [slot for slot in self._running if not live[slot]]
         if not ended:
             return []
-        stopped, tokens, logprobs = jax.device_get((state.stopped, state.tokens, state.logprobs))
+        stopped, tokens, logprobs = fetch((state.stopped, state.tokens, state.logprobs))
         results = []
         for slot in ended:
             item, size = self._running.pop(slot), sizes[slot]
@@ -322,6 +327,16 @@ class Batcher:
             rollout = Rollout(tokens[slot, :size].copy(), logprobs[slot, :size].copy(), reason)
             results.append((Place(item.request.name, item.index), rollout))
         return results
+
+
+def prefill_rows(width: int) -> int:
+    """How many prompts of this width are computed together at most."""
+    return max(1, min(_PREFILL_ROWS, _PREFILL_TOKENS // width))
+
+
+def insertion_size(count: int, slots: int) -> int:
+    """To how many insertions so many are padded."""
+    return _quadruple(count, _SMALLEST_INSERTION, slots)
 
 
 def _quadruple(count: int, smallest: int, largest: int) -> int:

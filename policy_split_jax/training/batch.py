@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int
 
+from policy_split_jax.objective.scorer import Places
+from policy_split_jax.training.accumulate import Microbatches
+
 
 class Batch(NamedTuple):
     """P questions, G rollouts of each from both modes, T response tokens; every array begins with P.
@@ -27,3 +30,12 @@ class Batch(NamedTuple):
     """False where the grader failed: such a rollout counts nowhere."""
     sampler_logprobs: Float[Array, "P G T"]
     """What the sampler computed while sampling (nats)."""
+
+
+class Packing(NamedTuple):
+    """How a batch is packed into rows without padding between; a leading axis [U] has one entry an update."""
+
+    microbatches: Microbatches
+    """Indices among the questions of the update."""
+    places: Places
+    """Of every rollout in its microbatch's rows."""

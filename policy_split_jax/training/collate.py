@@ -1,8 +1,8 @@
 """From the sampler's rollouts to the batch that the update reads."""
 
 from collections.abc import Sequence
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from policy_split_jax.padding import bucket, lengths, pad_left, pad_right
@@ -31,18 +31,16 @@ def make_batch(
     for at, group in enumerate(rollouts):
         for index, rollout in enumerate(group):
             logprobs[at, index, : len(rollout.logprobs)] = rollout.logprobs
-    return Batch(
-        prompts=jnp.asarray(np.stack([pad_left(pair, width) for pair in prompts])),
-        prompt_lengths=jnp.asarray(np.stack([lengths(pair) for pair in prompts])),
-        responses=jnp.asarray(
-            np.stack([pad_right([rollout.tokens for rollout in group], length) for group in rollouts])
-        ),
-        response_lengths=jnp.asarray(np.stack([lengths([rollout.tokens for rollout in group]) for group in rollouts])),
-        modes=jnp.asarray(np.array(modes, np.int32)),
-        truncated=jnp.asarray(
-            np.array([[rollout.finish_reason == "length" for rollout in group] for group in rollouts])
-        ),
-        rewards=jnp.asarray(np.array(values, np.float32)),
-        graded=jnp.asarray(graded),
-        sampler_logprobs=jnp.asarray(logprobs),
-    )
+    # Arrays of the host: the update puts them on whatever devices it runs on.
+    arrays: dict[str, Any] = {
+        "prompts": np.stack([pad_left(pair, width) for pair in prompts]),
+        "prompt_lengths": np.stack([lengths(pair) for pair in prompts]),
+        "responses": np.stack([pad_right([rollout.tokens for rollout in group], length) for group in rollouts]),
+        "response_lengths": np.stack([lengths([rollout.tokens for rollout in group]) for group in rollouts]),
+        "modes": np.array(modes, np.int32),
+        "truncated": np.array([[rollout.finish_reason == "length" for rollout in group] for group in rollouts]),
+        "rewards": np.array(values, np.float32),
+        "graded": graded,
+        "sampler_logprobs": logprobs,
+    }
+    return Batch(**arrays)

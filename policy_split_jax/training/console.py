@@ -32,8 +32,8 @@ _TABLE = (
 class RunDisplay:
     """The progress bar of a run, and the lines above it."""
 
-    def __init__(self, steps: int, done: int):
-        self.console = Console(highlight=False)
+    def __init__(self, steps: int, done: int, quiet: bool = False):
+        self.console = Console(highlight=False, quiet=quiet)
         self._steps = steps
         self._progress = Progress(
             TextColumn("{task.description:>8}"),

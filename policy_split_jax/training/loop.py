@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,11 @@ import jax
 import numpy as np
 import yaml
 from jax.sharding import Mesh
+from jaxtyping import Array, Key
 
 import policy_split_jax
 from policy_split_jax import config as settings
+from policy_split_jax import processes
 from policy_split_jax.config import RunConfig
 from policy_split_jax.data.dataset import load_rows, make_iterator, restore_state, state_to_json
 from policy_split_jax.data.formats import Row
@@ -42,6 +45,7 @@ from policy_split_jax.training.collate import make_batch
 from policy_split_jax.training.console import RunDisplay
 from policy_split_jax.training.metrics_log import MetricsLog
 from policy_split_jax.training.optimizer import make_optimizer, make_schedule
+from policy_split_jax.training.packing import pack_batch
 from policy_split_jax.training.state import TrainState, init_state, state_shardings
 from policy_split_jax.training.update import Update, UpdateConfig, make_update
 
@@ -65,7 +69,8 @@ class Trainer:
     iterator: Any
     state: TrainState
     checkpoints: Checkpoints
-    log: MetricsLog
+    log: MetricsLog | None
+    """None in all processes but the first."""
     display: RunDisplay
 
     def run(self, started_at: int) -> None:
@@ -88,14 +93,12 @@ class Trainer:
         clock.lap("rollout")
         grade_groups(self.pool, groups)
         clock.lap("reward")
-        self.state, metrics = self.update(self.state, self._batch(groups))
-        metrics = jax.device_get(metrics)
+        self.state, metrics = self._update(groups)
         clock.lap("update")
         row = outcome_metrics(groups) | metrics | clock.times()
         row["tokens/rollout"] = sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)
         row["learning_rate"] = float(np.asarray(make_schedule(self.config.optimizer)(self._updates(step - 1))))
-        self.log.row("train", step, row)
-        self.log.samples("train", step, sample_rows(groups[: self.config.train.sample_questions]))
+        self._log("train", step, row, sample_rows(groups[: self.config.train.sample_questions]))
         self.display.step(step, row)
         self.display.grader_errors(groups)
 
@@ -120,9 +123,13 @@ class Trainer:
                 ),
                 progress=progress,
             )
-        self.log.row("eval", step, row)
-        self.log.samples("eval", step, sample_rows(groups[:8], scores[:8]))
+        self._log("eval", step, row, sample_rows(groups[:8], scores[:8]))
         self.display.evaluation(step, row)
+
+    def _log(self, kind: str, step: int, row: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
+        if self.log is not None:
+            self.log.row(kind, step, row)
+            self.log.samples(kind, step, samples)
 
     def _updates(self, step: int) -> int:
         return step * self.config.train.updates_per_step
@@ -137,20 +144,33 @@ class Trainer:
                 self.sampler,
                 rows,
                 per_mode=rollout.rollouts_per_mode,
-                key=step_key(self.state.key, int(self.state.step)),
+                key=step_key(_own_key(self.state.key), int(self.state.step)),
                 sampling=Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p),
                 progress=progress,
             )
 
-    def _batch(self, groups: Sequence[Group]) -> Any:
-        return make_batch(
+    def _update(self, groups: Sequence[Group]) -> tuple[TrainState, dict[str, Any]]:
+        rollout, chosen = self.config.rollout, self.config.train
+        batch = make_batch(
             [group.prompts for group in groups],
             [group.rollouts for group in groups],
             [group.modes for group in groups],
             [[grade.score for grade in group.grades] for group in groups],
-            max_prompt_tokens=self.config.rollout.max_prompt_tokens,
-            max_new_tokens=self.config.rollout.max_new_tokens,
+            max_prompt_tokens=rollout.max_prompt_tokens,
+            max_new_tokens=rollout.max_new_tokens,
         )
+        if not chosen.microbatch_rows:
+            state, metrics = self.update(self.state, batch)
+            return state, jax.device_get(metrics)
+        limit = rollout.max_prompt_tokens + rollout.max_new_tokens
+        packing, share = pack_batch(batch, rows=chosen.microbatch_rows, limit=limit, updates=chosen.updates_per_step)
+        state, metrics = self.update(self.state, batch, packing)
+        return state, jax.device_get(metrics) | {"utilisation": share}
+
+
+def _own_key(key: Key[Array, ""]) -> Key[Array, ""]:
+    """The run's key as an array of this process alone, which every process has."""
+    return jax.random.wrap_key_data(jax.device_get(jax.random.key_data(key)))
 
 
 class _Clock:
@@ -183,6 +203,9 @@ def train(config: RunConfig, *, must_resume: bool = False) -> Path:
     folder = config.folder
     started_at = latest_step(folder / "checkpoints") or 0
     _check_folder(config, started_at, must_resume)
+    processes.check_same(
+        started_at, f"{folder}: the processes see different checkpoints; output must lie where all of them reach it"
+    )
     policy, mesh, params = _source(config, started_at)
     (train_rows, test_rows), skipped = _fitting(config, policy, _rows(config))
     iterator = make_iterator(train_rows, batch_size=config.rollout.questions_per_step, seed=config.train.seed)
@@ -190,17 +213,15 @@ def train(config: RunConfig, *, must_resume: bool = False) -> Path:
     start = partial(init_state, optimizer=optimizer, seed=config.train.seed, eta=float(config.advantage.eta))
     reward = config.reward
     with GraderPool(reward.grader, reward.workers, reward.time_limit, reward.memory_limit_mb) as pool:
-        _make_folder(config, policy, started_at)
+        # Nobody writes before everybody has looked.
+        processes.wait_for_all("checked")
+        if processes.is_first():
+            _make_folder(config, policy, started_at)
+        processes.wait_for_all("folder")
         with (
             Checkpoints(folder / "checkpoints", config.train.keep_checkpoints) as checkpoints,
-            MetricsLog(
-                folder,
-                config.name,
-                last_step=started_at or -1,
-                tensorboard=config.train.tensorboard,
-                wandb=config.train.wandb,
-            ) as log,
-            RunDisplay(config.train.steps, started_at) as display,
+            _log(config, started_at) as log,
+            RunDisplay(config.train.steps, started_at, quiet=not processes.is_first()) as display,
         ):
             shardings = state_shardings(policy.config, optimizer, mesh)
             if started_at:
@@ -226,8 +247,21 @@ def train(config: RunConfig, *, must_resume: bool = False) -> Path:
                 display=display,
             )
             trainer.run(started_at)
-    _finish(folder, display)
+    if processes.is_first():
+        _finish(folder, display)
     return folder
+
+
+def _log(config: RunConfig, started_at: int) -> AbstractContextManager[MetricsLog | None]:
+    if not processes.is_first():
+        return nullcontext()
+    return MetricsLog(
+        config.folder,
+        config.name,
+        last_step=started_at or -1,
+        tensorboard=config.train.tensorboard,
+        wandb=config.train.wandb,
+    )
 
 
 def _source(config: RunConfig, started_at: int) -> tuple[Policy, Mesh, qwen3.Params]:
@@ -261,13 +295,17 @@ def _mesh(config: RunConfig, model: qwen3.Qwen3Config) -> Mesh:
         raise UserError(str(error)) from None
     shards = batch_shards(mesh)
     questions = config.train.microbatch_questions or rollout.questions_per_step // config.train.updates_per_step
-    for name, number in (
-        ("rollout.slots", rollout.slots),
-        ("rollouts of a microbatch (train.microbatch_questions x 2 x rollout.rollouts_per_mode)",
-         questions * 2 * rollout.rollouts_per_mode),
-    ):  # fmt: skip
-        if number % shards:
-            raise UserError(f"{name}: {number} is not a multiple of {shards}, the mesh's data x fsdp")
+    rollouts = questions * 2 * rollout.rollouts_per_mode
+    rows = config.train.microbatch_rows
+    if rollout.slots % shards:
+        raise UserError(f"rollout.slots: {rollout.slots} is not a multiple of {shards}, the mesh's data x fsdp")
+    if rows % shards:
+        raise UserError(f"train.microbatch_rows: {rows} is not a multiple of {shards}, the mesh's data x fsdp")
+    if not rows and rollouts % shards:
+        raise UserError(
+            "rollouts of a microbatch (train.microbatch_questions x 2 x rollout.rollouts_per_mode): "
+            f"{rollouts} is not a multiple of {shards}, the mesh's data x fsdp"
+        )
     return mesh
 
 
@@ -383,6 +421,8 @@ def _announce(
 ) -> None:
     size = sum(leaf.size for leaf in jax.tree.leaves(qwen3.abstract_params(policy.config)))
     devices = f"{mesh.size} {jax.default_backend()} device{'s' if mesh.size > 1 else ''}"
+    if jax.process_count() > 1:
+        devices += f" of {jax.process_count()} processes"
     if mesh.size > 1:
         devices += f" ({', '.join(f'{name} {size}' for name, size in mesh.shape.items())})"
     display.say(

@@ -13,7 +13,7 @@ from policy_split_jax import masked
 from policy_split_jax.model import qwen3
 from policy_split_jax.objective.losses import token_weights
 from policy_split_jax.objective.scorer import score_rollouts
-from policy_split_jax.training.accumulate import accumulate_gradients
+from policy_split_jax.training.accumulate import accumulate_gradients, equal_parts
 
 
 class SftBatch(NamedTuple):
@@ -49,7 +49,9 @@ def make_sft_update(
     def update(state: SftState, batch: SftBatch) -> tuple[SftState, Float[Array, ""]]:
         mask = jnp.arange(batch.responses.shape[-1]) < batch.response_lengths[..., None]
         weighted = (batch, token_weights(mask, "token_mean"))
-        (value, _), gradient = accumulate_gradients(loss, state.params, weighted, microbatches)
+        (value, _), gradient = accumulate_gradients(
+            loss, state.params, weighted, equal_parts(mask.shape[0], microbatches), lambda *_: None
+        )
         changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         return SftState(optax.apply_updates(state.params, changes), opt_state), value
 

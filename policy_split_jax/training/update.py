@@ -9,7 +9,7 @@ rollouts, so microbatches are whole questions.
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,21 +21,23 @@ from policy_split_jax import masked
 from policy_split_jax.model import qwen3
 from policy_split_jax.model.sharding import pinned
 from policy_split_jax.modes import HIGH_ENTROPY, MODE_NAMES, NORMAL
-from policy_split_jax.objective.advantages import AdvantageConfig, dual_mode_advantages
+from policy_split_jax.objective.advantages import AdvantageConfig, correctness_advantages, dual_mode_advantages
 from policy_split_jax.objective.eta import EtaConfig, next_eta
 from policy_split_jax.objective.losses import Aggregate, Metrics, token_losses, token_weights
-from policy_split_jax.objective.scorer import TokenScores, score_rollouts
-from policy_split_jax.training.accumulate import accumulate_gradients, split_batch
-from policy_split_jax.training.batch import Batch
+from policy_split_jax.objective.scorer import Places, TokenScores, score_rollouts
+from policy_split_jax.training.accumulate import Microbatches, accumulate_gradients, equal_parts, split_batch, take
+from policy_split_jax.training.batch import Batch, Packing
 from policy_split_jax.training.state import TrainState, state_shardings
 
-Update = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+Update = Callable[..., tuple[TrainState, Metrics]]
 
 
 @dataclass(frozen=True)
 class UpdateConfig:
     """What the update needs to know."""
 
+    objective: Literal["policy_split", "grpo"] = "policy_split"
+    """grpo trains the normal mode alone, on rollouts that it sampled (https://arxiv.org/abs/2402.03300)."""
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     eta: EtaConfig = field(default_factory=EtaConfig)
     clip_low: float = 0.2
@@ -62,17 +64,34 @@ class UpdateConfig:
 class Fixed(NamedTuple):
     """What was computed before the first update of a two-pass step; arrays begin with P."""
 
-    old_logprobs: Float[Array, "P 2 G T"]
-    advantages: Float[Array, "P 2 G T"]
+    old_logprobs: Float[Array, "P M G T"]
+    advantages: Float[Array, "P M G T"]
 
 
 class TokenRecord(NamedTuple):
     """What the loss saw of each token under each training mode, for the metrics."""
 
     scores: TokenScores
-    old_logprobs: Float[Array, "2 P G T"]
-    advantages: Float[Array, "2 P G T"]
-    clipped: Float[Array, "2 P G T"]
+    old_logprobs: Float[Array, "M P G T"]
+    advantages: Float[Array, "M P G T"]
+    clipped: Float[Array, "M P G T"]
+
+
+class Measures(NamedTuple):
+    """What was measured of the tokens of some microbatches."""
+
+    means: dict[str, masked.Mean]
+    largest: dict[str, Float[Array, ""]]
+
+    def values(self) -> Metrics:
+        return {name: mean.value for name, mean in self.means.items()} | self.largest
+
+
+def joined(some: Measures, others: Measures) -> Measures:
+    """Of the microbatches of both."""
+    return Measures(
+        jax.tree.map(jnp.add, some.means, others.means), jax.tree.map(jnp.maximum, some.largest, others.largest)
+    )
 
 
 def token_mask(batch: Batch) -> Bool[Array, "P G T"]:
@@ -81,7 +100,7 @@ def token_mask(batch: Batch) -> Bool[Array, "P G T"]:
 
 
 def _swap(values: Array) -> Array:
-    """[2, P, …] to [P, 2, …] and back: microbatches are cut along P."""
+    """[M, P, …] to [P, M, …] and back: microbatches are cut along P."""
     return jnp.moveaxis(values, 1, 0)
 
 
@@ -91,41 +110,49 @@ def make_update(
     optimizer: optax.GradientTransformation,
     mesh: Mesh | None = None,
 ) -> Update:
-    """The jitted `update(state, batch) -> (state, metrics)`; the state is donated.
+    """The jitted `update(state, batch, packing=None) -> (state, metrics)`; the state is donated.
 
-    `batch` has P questions, P a multiple of `updates_per_step`. The metrics are named in
-    docs/architecture.md. On a mesh the state lies as `state_shardings` says, before and after; the sequences of
-    a microbatch are divided over the devices, whosever question they are.
+    `batch` has P questions, P a multiple of `updates_per_step`; `packing` says how to pack them, and then
+    `microbatch_questions` means nothing. The metrics are named in docs/architecture.md. On a mesh the state lies
+    as `state_shardings` says, before and after; the sequences of a microbatch are divided over the devices,
+    whosever question they are.
     """
     shardings = None if mesh is None else state_shardings(model, optimizer, mesh)
+    contexts = 2 if config.objective == "policy_split" else 1
 
-    def score(params: qwen3.Params, batch: Batch) -> TokenScores:
+    def score(params: qwen3.Params, batch: Batch, places: Places | None) -> TokenScores:
         return score_rollouts(
             params,
-            batch.prompts,
-            batch.prompt_lengths,
+            batch.prompts[:, :contexts],
+            batch.prompt_lengths[:, :contexts],
             batch.responses,
             batch.response_lengths,
             config=model,
+            places=places,
             dtype=jnp.dtype(config.dtype),
             remat=config.remat,
             temperature=config.temperature,
             chunk=config.score_chunk,
-            with_kl=True,
+            with_kl=contexts == 2,
             mesh=mesh,
         )
 
-    def advantages(logprobs: Array, batch: Batch, eta: Array) -> Float[Array, "2 P G T"]:
-        settings = replace(config.advantage, eta=eta)
-        return dual_mode_advantages(logprobs, batch.rewards, token_mask(batch), settings, batch.graded)
+    def advantages(logprobs: Array, batch: Batch, eta: Array) -> Float[Array, "M P G T"]:
+        mask = token_mask(batch)
+        if config.objective == "grpo":
+            outcome = correctness_advantages(batch.rewards, batch.graded, config.advantage.norm_by_std)
+            return masked.where(mask, jnp.broadcast_to(outcome[None, ..., None], logprobs.shape))
+        return dual_mode_advantages(logprobs, batch.rewards, mask, replace(config.advantage, eta=eta), batch.graded)
 
-    def microbatches(questions: int) -> int:
-        return questions // (config.microbatch_questions or questions)
+    def microbatches(questions: int, packing: Packing | None) -> Microbatches:
+        if packing is not None:
+            return packing.microbatches
+        return equal_parts(questions, questions // (config.microbatch_questions or questions))
 
-    def loss(eta: Array, params: qwen3.Params, part: Any) -> tuple[Float[Array, ""], TokenRecord]:
-        batch, weights, fixed = part
+    def loss(eta: Array, params: qwen3.Params, part: Any) -> tuple[Float[Array, ""], Measures]:
+        batch, weights, fixed, places = part
         # Said of the parameters, it holds for their gradient too.
-        scores = score(pinned(params, shardings and shardings.params), batch)
+        scores = score(pinned(params, shardings and shardings.params), batch, places)
         old = jax.lax.stop_gradient(scores.logprobs) if fixed is None else _swap(fixed.old_logprobs)
         advantage = advantages(old, batch, eta) if fixed is None else _swap(fixed.advantages)
         mask = token_mask(batch)
@@ -138,80 +165,105 @@ def make_update(
             dual_clip=config.dual_clip,
         )
         record = TokenRecord(scores, old, advantage, measures["clip_fraction"])
-        return masked.total(losses * weights, mask), jax.tree.map(_swap, jax.lax.stop_gradient(record))
+        return masked.total(losses * weights, mask), measure(jax.lax.stop_gradient(record), batch)
 
-    def optimizer_step(state: TrainState, batch: Batch, fixed: Fixed | None) -> tuple[TrainState, Metrics]:
+    def optimizer_step(
+        state: TrainState, batch: Batch, fixed: Fixed | None, packing: Packing | None
+    ) -> tuple[TrainState, Metrics]:
         mask = token_mask(batch)
-        # Both modes train on the same tokens, so their weights are the same: one row serves both.
-        both = jnp.broadcast_to(mask, (2, *mask.shape))
-        weights = token_weights(both, config.aggregate, config.max_new_tokens)[0]
-        (value, records), gradient = accumulate_gradients(
-            partial(loss, state.eta.eta), state.params, (batch, weights, fixed), microbatches(mask.shape[0])
+        # All modes train on the same tokens, so their weights are the same: one row serves them.
+        every = jnp.broadcast_to(mask, (contexts, *mask.shape))
+        weights = token_weights(every, config.aggregate, config.max_new_tokens)[0]
+        (value, measures), gradient = accumulate_gradients(
+            partial(loss, state.eta.eta),
+            state.params,
+            (batch, weights, fixed, packing and packing.places),
+            microbatches(mask.shape[0], packing),
+            joined,
         )
         changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, changes)
-        metrics = {"loss": value, "grad_norm": optax.tree.norm(gradient)}
-        metrics |= step_metrics(jax.tree.map(_swap, records), batch)
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(gradient)} | measures.values()
         return state._replace(params=params, opt_state=opt_state), metrics
 
-    def score_first(state: TrainState, batch: Batch) -> Fixed:
-        parts = split_batch(batch, microbatches(batch.rewards.shape[0]))
-        logprobs = jax.lax.map(lambda part: _swap(score(state.params, part).logprobs), parts)
-        logprobs = _swap(logprobs.reshape(-1, *logprobs.shape[2:]))
+    def score_first(state: TrainState, batch: Batch, packing: Packing | None) -> Fixed:
+        chosen = microbatches(batch.rewards.shape[0], packing)
+        shape = (batch.rewards.shape[0], contexts, *batch.responses.shape[1:])
+
+        def part(at: Array, found: Array) -> Array:
+            members = chosen.members[at]
+            places = packing and take(packing.places, members)
+            return found.at[members].set(_swap(score(state.params, take(batch, members), places).logprobs), mode="drop")
+
+        logprobs = _swap(jax.lax.fori_loop(0, chosen.used, part, jnp.zeros(shape)))
         return Fixed(_swap(logprobs), _swap(advantages(logprobs, batch, state.eta.eta)))
 
+    def two_pass(state: TrainState, batch: Batch, packing: Packing | None) -> tuple[TrainState, Metrics]:
+        parts = (split_batch(batch, config.updates_per_step), packing)
+        fixed = jax.lax.map(lambda part: score_first(state, *part), parts)
+
+        def one(state: TrainState, part: Any) -> tuple[TrainState, Metrics]:
+            (batch, packing), fixed = part
+            return optimizer_step(state, batch, fixed, packing)
+
+        state, history = jax.lax.scan(one, state, (parts, fixed))
+        metrics = jax.tree.map(jnp.mean, history)
+        return state, metrics | {"sampler/max_difference": jnp.max(history["sampler/max_difference"])}
+
     @partial(jax.jit, donate_argnums=0)
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, batch: Batch, packing: Packing | None = None) -> tuple[TrainState, Metrics]:
         if config.updates_per_step == 1 and not config.two_pass:
-            state, metrics = optimizer_step(state, batch, None)
+            only = None if packing is None else jax.tree.map(lambda leaf: leaf[0], packing)
+            state, metrics = optimizer_step(state, batch, None, only)
         else:
-            parts = split_batch((batch, score_first(state, batch)), config.updates_per_step)
-            state, history = jax.lax.scan(lambda now, part: optimizer_step(now, *part), state, parts)
-            metrics = jax.tree.map(jnp.mean, history)
-            metrics["sampler/max_difference"] = jnp.max(history["sampler/max_difference"])
-        metrics["eta"] = state.eta.eta
-        # Where no high-entropy rollout was graded, nothing was measured.
-        measured = jnp.any(token_mask(batch) & (batch.modes == HIGH_ENTROPY)[..., None])
-        moved = next_eta(state.eta, metrics["kl/high_entropy_to_normal"], config.eta)
-        eta = jax.tree.map(partial(jnp.where, measured), moved, state.eta)
+            state, metrics = two_pass(state, batch, packing)
+        eta = state.eta
+        if config.objective == "policy_split":
+            metrics["eta"] = eta.eta
+            # Where no high-entropy rollout was graded, nothing was measured.
+            measured = jnp.any(token_mask(batch) & (batch.modes == HIGH_ENTROPY)[..., None])
+            moved = next_eta(eta, metrics["kl/high_entropy_to_normal"], config.eta)
+            eta = jax.tree.map(partial(jnp.where, measured), moved, eta)
         return pinned(state._replace(step=state.step + 1, eta=eta), shardings), metrics
 
     return update
 
 
-def step_metrics(record: TokenRecord, batch: Batch) -> Metrics:
-    """What is measured of the tokens of a step; means over tokens, nats."""
+def measure(record: TokenRecord, batch: Batch) -> Measures:
+    """What is measured of the tokens of a microbatch; means over tokens, nats."""
     mask = token_mask(batch)
     logprobs = record.scores.logprobs
-    divergence = cast(Array, record.scores.kl)
-    metrics: Metrics = {}
-    for mode, name in enumerate(MODE_NAMES):
+    means: dict[str, masked.Mean] = {}
+    for mode, name in enumerate(MODE_NAMES[: len(logprobs)]):
         own = mask & (batch.modes == mode)[..., None]
-        metrics[f"entropy/{name}"] = masked.mean(record.scores.entropy[mode], own)
-        metrics[f"neg_logprob/{name}"] = masked.mean(-logprobs[mode], own)
-        metrics[f"advantage_abs/{name}"] = masked.mean(jnp.abs(record.advantages[mode]), mask)
-        metrics[f"clip_fraction/{name}"] = masked.mean(record.clipped[mode], mask)
+        means[f"entropy/{name}"] = masked.mean_parts(record.scores.entropy[mode], own)
+        means[f"neg_logprob/{name}"] = masked.mean_parts(-logprobs[mode], own)
+        means[f"advantage_abs/{name}"] = masked.mean_parts(jnp.abs(record.advantages[mode]), mask)
+        means[f"clip_fraction/{name}"] = masked.mean_parts(record.clipped[mode], mask)
+    if record.scores.kl is not None:
+        means |= _divergences(logprobs, record.scores.kl, batch, mask)
+    # The sampler's log-probabilities against the trainer's, on each rollout's own mode. Those before the step:
+    # later updates move the policy away from what was sampled.
+    first, last = record.old_logprobs[0], record.old_logprobs[-1]
+    own_logprobs = jnp.where((batch.modes == NORMAL)[..., None], first, last)
+    difference = masked.where(mask, batch.sampler_logprobs - own_logprobs)
+    # k3 estimator of KL(sampler ‖ trainer).
+    means["sampler/kl"] = masked.mean_parts(jnp.expm1(-difference) + difference, mask)
+    return Measures(means, {"sampler/max_difference": jnp.max(jnp.abs(difference))})
+
+
+def _divergences(
+    logprobs: Float[Array, "2 P G T"], exact: Float[Array, "2 P G T"], batch: Batch, mask: Bool[Array, "P G T"]
+) -> dict[str, masked.Mean]:
+    """Between the modes: exact, and the estimators k1 and k3, on the rollouts of the mode that comes first."""
+    means: dict[str, masked.Mean] = {}
     for first, second, name in (
         (HIGH_ENTROPY, NORMAL, "high_entropy_to_normal"),
         (NORMAL, HIGH_ENTROPY, "normal_to_high_entropy"),
     ):
         own = mask & (batch.modes == first)[..., None]
         log_ratio = masked.where(own, logprobs[first] - logprobs[second])
-        metrics[f"kl/{name}"] = masked.mean(divergence[first], own)
-        metrics[f"kl_k1/{name}"] = masked.mean(log_ratio, own)
-        metrics[f"kl_k3/{name}"] = masked.mean(jnp.expm1(-log_ratio) + log_ratio, own)
-    return metrics | _sampler_agreement(record.old_logprobs, batch, mask)
-
-
-def _sampler_agreement(logprobs: Float[Array, "2 P G T"], batch: Batch, mask: Bool[Array, "P G T"]) -> Metrics:
-    """How far the sampler's log-probabilities lie from the trainer's, on each rollout's own mode.
-
-    `logprobs` are those before the step: later updates move the policy away from what was sampled.
-    """
-    own = jnp.where((batch.modes == NORMAL)[..., None], logprobs[NORMAL], logprobs[HIGH_ENTROPY])
-    difference = masked.where(mask, batch.sampler_logprobs - own)
-    return {
-        # k3 estimator of KL(sampler ‖ trainer).
-        "sampler/kl": masked.mean(jnp.expm1(-difference) + difference, mask),
-        "sampler/max_difference": jnp.max(jnp.abs(difference)),
-    }
+        means[f"kl/{name}"] = masked.mean_parts(exact[first], own)
+        means[f"kl_k1/{name}"] = masked.mean_parts(log_ratio, own)
+        means[f"kl_k3/{name}"] = masked.mean_parts(jnp.expm1(-log_ratio) + log_ratio, own)
+    return means

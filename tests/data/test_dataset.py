@@ -33,26 +33,6 @@ def test_resuming_equals_not_stopping():
         assert take(iterator, 20 - stop) == whole[stop:]
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 6])
-def test_shards_join_to_the_whole_batch(processes):
-    whole = take(make_iterator(ROWS, batch_size=6, seed=2), 12)
-    shards = [
-        take(make_iterator(ROWS, batch_size=6, seed=2, process_index=i, process_count=processes), 12)
-        for i in range(processes)
-    ]
-    assert all(len(batch) == 6 // processes for shard in shards for batch in shard)
-    assert [list(chain(*parts)) for parts in zip(*shards, strict=True)] == whole
-
-
-def test_state_fits_another_number_of_processes():
-    whole = take(make_iterator(ROWS, batch_size=6, seed=2), 8)
-    one_of_two = make_iterator(ROWS, batch_size=6, seed=2, process_index=1, process_count=2)
-    take(one_of_two, 5)
-    alone = make_iterator(ROWS, batch_size=6, seed=2)
-    restore_state(alone, state_to_json(one_of_two))
-    assert take(alone, 3) == whole[5:]
-
-
 def test_every_row_once_an_epoch_and_epochs_differ():
     stream = list(chain(*take(make_iterator(ROWS, batch_size=4, seed=3), 25)))
     epochs = [stream[i : i + 10] for i in range(0, 100, 10)]
@@ -76,8 +56,6 @@ def test_without_shuffle_the_order_is_the_files():
     [
         ({"batch_size": 11}, "batch size 11 does not fit 10 rows"),
         ({"batch_size": 0}, "batch size 0 does not fit 10 rows"),
-        ({"batch_size": 4, "process_count": 3}, "batch size 4 does not divide among 3 processes"),
-        ({"batch_size": 4, "process_count": 2, "process_index": 2}, r"process index 2 must lie in 0\.\.1"),
         ({"batch_size": 4, "seed": -1}, "seed -1 must lie in"),
     ],
 )

@@ -15,6 +15,7 @@ from policy_split_jax.model.sharding import make_mesh
 from policy_split_jax.objective.advantages import AdvantageConfig
 from policy_split_jax.training.batch import Batch
 from policy_split_jax.training.optimizer import make_optimizer
+from policy_split_jax.training.packing import pack_batch
 from policy_split_jax.training.state import init_state, state_shardings
 from policy_split_jax.training.update import UpdateConfig, make_update
 
@@ -42,19 +43,22 @@ def batch(config):
     )
 
 
-def step(config, params, batch, mesh, optimizer=SGD, **settings):
+def step(config, params, batch, mesh, optimizer=SGD, rows=0, **settings):
     """The state and the metrics after one step; without a mesh, as on one device."""
     chosen = UpdateConfig(advantage=AdvantageConfig(alpha=0.3, kappa=1.0), score_chunk=3, **settings)
     state = init_state(jax.tree.map(jnp.array, params), optimizer, 0, 0.5)
     if mesh is not None:
         state = jax.device_put(state, state_shardings(config, optimizer, mesh))
-    return make_update(config, chosen, optimizer, mesh)(state, batch)
+    packing = pack_batch(batch, rows=rows, limit=WIDTH + LENGTH, updates=1)[0] if rows else None
+    return make_update(config, chosen, optimizer, mesh)(state, batch, packing)
 
 
 SETTINGS = {
     "fused": {},
     "microbatches": {"microbatch_questions": 2, "remat": "full"},
     "two_pass": {"updates_per_step": 2},
+    # Two microbatches of eight rows, some of which hold several rollouts.
+    "packed": {"rows": 8, "remat": "full"},
 }
 
 

@@ -20,7 +20,7 @@ def group(normal, high_entropy):
     ]
     modes = [NORMAL] * len(normal) + [HIGH_ENTROPY] * len(high_entropy)
     grades = [Grade(score, answer) for score, answer, *_ in given]
-    return Group(Row("q", None, "test"), ([1], [2]), rollouts, modes, [""] * len(given), grades)
+    return Group(Row("q", None, "test"), ([1], [2]), rollouts, modes, lambda tokens: "", grades)
 
 
 def test_equal_wrong_answers_vote_together():
@@ -65,8 +65,30 @@ def test_both_modes_together():
 
 
 def test_long_answers_are_scored_fewer_at_a_time(monkeypatch):
-    rows = [group([(0.0, "1")], [(0.0, "1")])] * 9
-    # Two rollouts of at most 3 tokens after a prompt of 1, under two modes: 16 tokens a question.
+    # 16 tokens a question.
     for budget, expected in ((64, 4), (1000, 4), (40, 2), (16, 1), (3, 1)):
         monkeypatch.setattr(evaluate, "_SCORED_TOKENS", budget)
-        assert evaluate._questions_at_once(rows) == expected
+        assert evaluate.questions_at_once(2, 16, shards=1) == expected
+
+
+def test_so_many_questions_are_scored_that_devices_share_their_rollouts():
+    for group, shards, expected in ((16, 32, 2), (16, 256, 16), (16, 8, 1), (6, 4, 2), (3, 8, 8)):
+        assert evaluate.questions_at_once(group, 1 << 20, shards) == expected
+        assert group * expected % shards == 0
+    # Short ones: as many as one device would score, evenly.
+    assert evaluate.questions_at_once(2, 16, shards=4) == 4
+
+
+def test_the_scored_questions_are_as_long_as_the_longest(monkeypatch):
+    """Two rollouts of at most 3 tokens after a prompt of 1, under two modes: 16 tokens a question, 4 questions in 64."""
+    rows = [group([(0.0, "1")], [(0.0, "1")])] * 9
+    sizes = []
+
+    def run(params, batch):
+        sizes.append(len(batch.rewards))
+        zeros = np.zeros((2, *batch.responses.shape))
+        return evaluate.TokenScores(zeros, zeros, zeros)
+
+    monkeypatch.setattr(evaluate, "_SCORED_TOKENS", 32)
+    scored = evaluate.score_groups(evaluate.Scorer(run, 1), {}, rows, max_prompt_tokens=4, max_new_tokens=4)
+    assert (sizes, len(scored)) == ([2] * 5, 9)

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy_split_jax.model.attention import attention, causal_mask, implementation, positions_of, splash_attention
+from policy_split_jax.model.attention import (
+    attention,
+    causal_mask,
+    cudnn_attention,
+    implementation,
+    positions_of,
+    splash_attention,
+)
 from policy_split_jax.model.sharding import make_mesh
 
 
@@ -29,13 +36,16 @@ def test_splash_attention_equals_plain_attention(inputs, on_mesh):
     *arrays, valid = inputs
     mesh = make_mesh(1, 1, 1, jax.devices()[:1]) if on_mesh else None
     weights = jnp.where(valid[..., None, None], jnp.sin(jnp.arange(128.0)), 0.0)
+    # The second row holds three sequences, the first a single one.
+    column = jnp.arange(valid.shape[1])
+    segments = jnp.where(valid, 1 + jnp.stack([0 * column, (column > 20) + (column > 90)]), 0)
 
     def plain(queries, keys, values):
-        mixed = attention(queries, keys, values, causal_mask(valid))
+        mixed = attention(queries, keys, values, causal_mask(valid, segments))
         return jnp.sum(mixed * weights), mixed
 
     def splash(queries, keys, values):
-        mixed = splash_attention(queries, keys, values, valid=valid, mesh=mesh, interpret=True)
+        mixed = splash_attention(queries, keys, values, kinds=segments, mesh=mesh, interpret=True)
         return jnp.sum(mixed * weights), mixed
 
     expected_gradients, expected = jax.grad(plain, argnums=(0, 1, 2), has_aux=True)(*arrays)
@@ -49,8 +59,41 @@ def test_splash_attention_equals_plain_attention(inputs, on_mesh):
 
 
 def test_cpus_attend_by_xla():
-    assert implementation(128, None) == "xla"
-    assert implementation(128, make_mesh(1, 1, 1, jax.devices()[:1])) == "xla"
+    for dtype in (jnp.float32, jnp.bfloat16):
+        assert implementation(128, None, dtype) == "xla"
+        assert implementation(128, make_mesh(1, 1, 1, jax.devices()[:1]), dtype) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("platform", "head_dim", "dtype", "expected"),
+    [
+        ("tpu", 128, "float32", "splash"),
+        ("tpu", 64, "bfloat16", "xla"),
+        ("gpu", 128, "bfloat16", "cudnn"),
+        ("gpu", 128, "float32", "xla"),
+        ("gpu", 20, "bfloat16", "xla"),
+        ("gpu", 256, "bfloat16", "xla"),
+    ],
+)
+def test_accelerators_attend_by_the_kernels_that_they_have(monkeypatch, platform, head_dim, dtype, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert implementation(head_dim, None, dtype) == expected
+
+
+def test_cudnn_attention_is_asked_for_the_same(monkeypatch, inputs):
+    """No CPU has cuDNN: the same call by XLA."""
+    *arrays, valid = inputs
+    asked = jax.nn.dot_product_attention
+
+    def by_xla(*arguments, implementation, **settings):
+        assert implementation == "cudnn"
+        return asked(*arguments, implementation="xla", **settings)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    mask = causal_mask(valid)
+    for mesh in (None, make_mesh(1, 1, 1, jax.devices()[:1])):
+        found = cudnn_attention(*arrays, mask=mask, mesh=mesh)
+        np.testing.assert_allclose(found[valid], attention(*arrays, mask)[valid], atol=2e-5)
 
 
 @settings(deadline=None, max_examples=30)
@@ -59,7 +102,9 @@ def test_a_position_is_the_number_of_tokens_seen_before(tokens):
     """Any padding, and segments of any lengths after a prompt."""
     valid = jnp.array([[real for real, _ in tokens]])
     segments = jnp.cumsum(jnp.array([[begins for _, begins in tokens]]), axis=1)
-    for chosen in (None, segments):
+    # As sequences lie in packed rows: none goes on behind padding.
+    packed = jnp.where(valid, 1 + jnp.cumsum(jnp.array([[begins or not real for real, begins in tokens]]), axis=1), 0)
+    for chosen in (None, segments, packed):
         seen = causal_mask(valid, chosen)
         expected = jnp.maximum(jnp.sum(seen, axis=-1) - 1, 0)
         found = positions_of(valid, chosen)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from policy_split_jax.training.accumulate import accumulate_gradients, split_batch
+from policy_split_jax.training.accumulate import Microbatches, accumulate_gradients, equal_parts, split_batch
 
 PARAMS = {"w": jnp.array([1.0, -2.0]), "b": jnp.float32(0.5)}
 
@@ -21,7 +21,7 @@ def weighted_squares(params, batch):
     """A sum with weights that were made for the whole batch, as the training losses are."""
     x, y, weights = batch
     error = x @ params["w"] + params["b"] - y
-    return jnp.sum(weights * error**2), {"error": error, "first": error[:, 0]}
+    return jnp.sum(weights * error**2), {"errors": jnp.sum(error)}
 
 
 def by_hand():
@@ -33,35 +33,57 @@ def by_hand():
     return np.sum(weights * error**2), gradient, error
 
 
-@pytest.mark.parametrize("microbatches", [1, 2, 3, 12])
-def test_sums_are_those_of_the_whole_batch(microbatches):
-    @jax.jit
-    def accumulate(params, batch):
-        return accumulate_gradients(weighted_squares, params, batch, microbatches)
+def add(some, others):
+    return jax.tree.map(jnp.add, some, others)
 
-    (loss, extra), gradient = accumulate(PARAMS, make_data())
+
+def assert_whole_batch(result):
+    (loss, extra), gradient = result
     expected_loss, expected_gradient, error = by_hand()
     # Sums of 36 float32 terms of size 1.
     assert float(loss) == pytest.approx(expected_loss, rel=1e-5)
     for name in ("w", "b"):
         np.testing.assert_allclose(gradient[name], expected_gradient[name], rtol=1e-5, atol=1e-5)
-    # Auxiliary values come back in the batch's order, with its axes.
-    np.testing.assert_allclose(extra["error"], error, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(extra["first"], error[:, 0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(extra["errors"], error.sum(), rtol=1e-5, atol=1e-5)
     assert abs(expected_loss) > 1
 
 
-def test_accumulation_takes_whole_trees_and_no_auxiliary_value():
-    def loss(params, batch):
-        values, nothing = batch
-        assert nothing is None
-        return jnp.sum(params * values["a"]), None
+@pytest.mark.parametrize("count", [1, 2, 3, 12])
+def test_sums_are_those_of_the_whole_batch(count):
+    @jax.jit
+    def accumulate(params, batch):
+        return accumulate_gradients(weighted_squares, params, batch, equal_parts(12, count), add)
 
-    batch = ({"a": jnp.arange(4.0)}, None)
-    (value, extra), gradient = accumulate_gradients(loss, jnp.float32(3.0), batch, 2)
-    assert float(value) == 3.0 * (0 + 1 + 2 + 3)
-    assert float(gradient) == 6.0
-    assert extra is None
+    assert_whole_batch(accumulate(PARAMS, make_data()))
+
+
+def test_one_program_serves_any_number_of_unequal_microbatches():
+    """12 is nobody; the microbatches behind the used ones would count some twice."""
+
+    @jax.jit
+    def accumulate(params, batch, microbatches):
+        return accumulate_gradients(weighted_squares, params, batch, microbatches, add)
+
+    # What stands for nobody is zeros: an error of b without a weight, which is no error of the batch.
+    nobody = 0.5
+    three = Microbatches(jnp.array([[3, 0, 7, 11], [1, 2, 12, 12], [4, 5, 6, 8], [9, 10, 12, 12]]), jnp.int32(4))
+    rest = jnp.array([[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11], [0, 1, 2, 3, 4, 5]])
+    for microbatches, missing in ((three, 4), (Microbatches(rest, jnp.int32(2)), 0)):
+        (loss, extra), gradient = accumulate(PARAMS, make_data(), microbatches)
+        errors = extra["errors"] - 3 * nobody * missing
+        assert_whole_batch(((loss, {"errors": errors}), gradient))
+
+
+def test_largest_values_join_as_the_caller_says():
+    def loss(params, batch):
+        return jnp.sum(params * batch["a"]), jnp.max(batch["a"])
+
+    (value, extra), gradient = accumulate_gradients(
+        loss, jnp.float32(3.0), {"a": jnp.array([0.0, 5.0, 2.0, 3.0])}, equal_parts(4, 2), jnp.maximum
+    )
+    assert float(value) == 3.0 * (0 + 5 + 2 + 3)
+    assert float(gradient) == 10.0
+    assert float(extra) == 5.0
 
 
 def test_a_split_keeps_neighbours_together():

@@ -21,7 +21,7 @@ from policy_split_jax.training import update as update_module
 from policy_split_jax.training.batch import Batch
 from policy_split_jax.training.optimizer import make_optimizer
 from policy_split_jax.training.state import init_state
-from policy_split_jax.training.update import TokenRecord, UpdateConfig, make_update, step_metrics
+from policy_split_jax.training.update import TokenRecord, UpdateConfig, make_update, measure
 
 VOCAB, QUESTIONS, GROUP, WIDTH, LENGTH = 64, 4, 4, 12, 7
 AGGREGATES = ("token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean", "constant")
@@ -335,7 +335,7 @@ def test_metrics_by_hand():
         advantages=both([[1.0, -2.0], [3.0, nan]], [[0.0, -1.0], [-5.0, nan]]),
         clipped=both([[1.0, 0.0], [0.0, nan]], [[1.0, 1.0], [0.0, nan]]),
     )
-    metrics = {name: float(value) for name, value in step_metrics(record, batch).items()}
+    metrics = {name: float(value) for name, value in measure(record, batch).values().items()}
     log2 = math.log(2)
     expected = {
         "entropy/normal": 1.5,  # (1 + 2) / 2
@@ -440,7 +440,7 @@ def test_equal_rewards_give_no_gradient(model, params, batches):
 
 
 def bag_scores(
-    params, prompts, prompt_lengths, responses, response_lengths, *, config, dtype, remat, temperature, chunk,
+    params, prompts, prompt_lengths, responses, response_lengths, *, config, places, dtype, remat, temperature, chunk,
     with_kl, mesh,
 ):  # fmt: skip
     """Stands in for `score_rollouts`: the next token depends on the last one and on the mean of the prompt."""
@@ -551,7 +551,7 @@ def test_two_updates_are_two_minibatches_with_frozen_old_logprobs(bag, model, ba
     """By hand, from the objective's parts: score, then two gradient steps on halves of the questions."""
     batch, config = batches[0], UpdateConfig(updates_per_step=2, clip_low=0.05, clip_high=0.02)
     mask = (jnp.arange(LENGTH) < batch.response_lengths[..., None]) & batch.graded[..., None]
-    ignored = dict.fromkeys(("config", "dtype", "remat", "chunk", "with_kl", "mesh"))
+    ignored = dict.fromkeys(("config", "places", "dtype", "remat", "chunk", "with_kl", "mesh"))
 
     def logprobs(params, rows):
         return bag_scores(params, *(leaf[rows] for leaf in batch[:4]), temperature=1.0, **ignored).logprobs

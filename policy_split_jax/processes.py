@@ -35,7 +35,7 @@ def join_others(cluster: Cluster | None) -> None:
     """Connects this process with the others of its run, if there are any; before anything uses a device.
 
     Without `cluster` they are found where SLURM (`srun`), Open MPI or a TPU pod tells of them. Raises UserError
-    where they do not answer.
+    where what they say makes no sense, and RuntimeError where the others do not answer in time: that may pass.
     """
     try:
         if cluster is not None:
@@ -46,7 +46,7 @@ def join_others(cluster: Cluster | None) -> None:
             jax.distributed.initialize(cluster_detection_method=method, local_device_ids=[] if alone else None)
         elif _has_tpu(os.environ):
             jax.distributed.initialize()
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the processes of this run did not find each other: {reason}") from None
 

@@ -4,6 +4,7 @@
 never hold a sequence's scores. Decoding and prompts are short of queries and always plain.
 """
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -154,18 +155,23 @@ def attention(
 
 def decode_attention(
     queries: Float[Array, "B 1 N H"],
-    keys: Float[Array, "B K H S"],
-    values: Float[Array, "B K S H"],
-    visible: Bool[Array, "B S"],
+    keys: tuple[Float[Array, "B K H _"], ...],
+    values: tuple[Float[Array, "B K _ H"], ...],
+    visible: tuple[Bool[Array, "B _"], ...],
 ) -> Float[Array, "B 1 N H"]:
-    """The same for one query a row, over keys and values in the layout of the cache."""
+    """The same for one query a row, over parts of keys and values in the layout of the cache."""
     batch, _, heads, head_dim = queries.shape
-    kv_heads = keys.shape[1]
+    kv_heads = keys[0].shape[1]
     grouped = queries.reshape(batch, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("bkgh,bkhs->bkgs", grouped, keys, preferred_element_type=jnp.float32)
-    weights = _weights(scores, visible[:, None, None], head_dim).astype(values.dtype)
-    mixed = jnp.einsum("bkgs,bksh->bkgh", weights, values)
-    return mixed.reshape(batch, 1, heads, head_dim)
+    scores = [jnp.einsum("bkgh,bkhs->bkgs", grouped, part, preferred_element_type=jnp.float32) for part in keys]
+    mask = jnp.concatenate(visible, axis=-1)[:, None, None]
+    weights = _weights(jnp.concatenate(scores, axis=-1), mask, head_dim).astype(values[0].dtype)
+    ends = itertools.accumulate(part.shape[2] for part in values[:-1])
+    mixed = [
+        jnp.einsum("bkgs,bksh->bkgh", part_weights, part, preferred_element_type=jnp.float32)
+        for part_weights, part in zip(jnp.split(weights, list(ends), axis=-1), values, strict=True)
+    ]
+    return sum(mixed[1:], mixed[0]).astype(queries.dtype).reshape(batch, 1, heads, head_dim)
 
 
 def _weights(

@@ -3,11 +3,14 @@
 A layer's cache is an array of its own, not a slice of one stacked array: a decode step then updates it in
 place, where a scan over layers would carry the stacked cache through every layer. Positions are the last axis
 of the keys, since a query meets all of them, and the last but one of the values: each product of a decode step
-then reads memory in its order (docs/performance.md).
+then reads memory in its order (docs/performance.md). Decode steps only read it: what they make goes to a small
+cache of recent entries, which is merged after some steps. Writing at each slot's own position every step made a
+TPU turn the whole cache around, back and forth (docs/scaling.md).
 """
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -44,16 +47,13 @@ def init_cache(layers: int, slots: int, length: int, kv_heads: int, head_dim: in
     return tuple(LayerCache(jnp.zeros(keys, dtype), jnp.zeros(values, dtype)) for _ in range(layers))
 
 
-def resize_cache(cache: Cache, length: int) -> Cache:
+def resize_layer(layer: LayerCache, length: int) -> LayerCache:
     """The same entries in a longer or shorter cache."""
-    kept = min(length, cache[0].length)
+    kept = min(length, layer.length)
     added = [(0, 0), (0, 0), (0, 0), (0, length - kept)]
-    return tuple(
-        LayerCache(
-            jnp.pad(layer.keys[..., :kept], added),
-            jnp.pad(layer.values[:, :, :kept], [added[at] for at in (0, 1, 3, 2)]),
-        )
-        for layer in cache
+    return LayerCache(
+        jnp.pad(layer.keys[..., :kept], added),
+        jnp.pad(layer.values[:, :, :kept], [added[at] for at in (0, 1, 3, 2)]),
     )
 
 
@@ -70,16 +70,33 @@ def insert_prompt(cache: LayerCache, prompt: PromptLayer, rows: Int[Array, "I"],
 
 def attend_cached(
     cache: LayerCache,
-    positions: Int[Array, "B"],
+    recent: LayerCache,
+    started: Int[Array, "B"],
+    step: Int[Array, ""],
     queries: Float[Array, "B 1 N H"],
     keys: Float[Array, "B 1 K H"],
     values: Float[Array, "B 1 K H"],
 ) -> tuple[Float[Array, "B 1 N H"], LayerCache]:
-    """Writes one token's keys and values at its position, and attends to everything up to it."""
-    rows = jnp.arange(positions.shape[0])
-    cache = LayerCache(
-        cache.keys.at[rows, :, :, positions].set(keys[:, 0], mode="drop"),
-        cache.values.at[rows, :, positions].set(values[:, 0], mode="drop"),
+    """Attends to the `started` first entries of the cache and to everything recent, this step's token included.
+
+    Returns what is recent now: entry i is of step i, in every slot alike.
+    """
+    recent = LayerCache(
+        jax.lax.dynamic_update_slice_in_dim(recent.keys, keys.transpose(0, 2, 3, 1), step, axis=3),
+        jax.lax.dynamic_update_slice_in_dim(recent.values, values.transpose(0, 2, 1, 3), step, axis=2),
     )
-    visible = jnp.arange(cache.length)[None, :] <= positions[:, None]
-    return decode_attention(queries, cache.keys, cache.values, visible), cache
+    visible = jnp.arange(cache.length)[None, :] < started[:, None]
+    now = jnp.broadcast_to(jnp.arange(recent.length) <= step, (len(started), recent.length))
+    return decode_attention(queries, (cache.keys, recent.keys), (cache.values, recent.values), (visible, now)), recent
+
+
+def merge_recent(cache: LayerCache, recent: LayerCache, started: Int[Array, "B"], ended: Int[Array, "B"]) -> LayerCache:
+    """The cache with each slot's recent entries at its positions `started` to `ended`."""
+    rows = jnp.arange(started.shape[0])[:, None]
+    positions = started[:, None] + jnp.arange(recent.length)
+    # The entries of a slot that ended early are nobody's; out of range, they are dropped.
+    positions = jnp.where(positions < ended[:, None], positions, cache.length)
+    return LayerCache(
+        cache.keys.at[rows, :, :, positions].set(recent.keys.transpose(0, 3, 1, 2), mode="drop"),
+        cache.values.at[rows, :, positions].set(recent.values.transpose(0, 2, 1, 3), mode="drop"),
+    )

@@ -363,24 +363,28 @@ def _continued(shared: Float[Array, "C K H"], own: Float[Array, "B T K H"]) -> F
 def decode(
     weights: SamplingWeights,
     cache: Cache,
+    recent: Cache,
     tokens: Int[Array, "B"],
+    started: Int[Array, "B"],
     positions: Int[Array, "B"],
+    step: Int[Array, ""],
     *,
     config: Qwen3Config,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B D"], Cache]:
-    """One token of each slot: its final hidden state and the cache with its keys and values.
+    """One token of each slot, at its position: its final hidden state, and what is recent now.
 
-    The loop over layers is unrolled: see `model/cache.py`.
+    The cache holds `started` tokens of each slot; `recent`, those of the steps before this one. The loop over
+    layers is unrolled: see `model/cache.py`.
     """
     rotary = rotary_embedding(positions[:, None], config.head_dim, config.rope_theta)
     x = _embed(weights.ends, tokens[:, None], weights.dtype, mesh)
     updated = []
-    for layer_weights, layer_cache in zip(weights.layers, cache, strict=True):
+    for layer_weights, layer_cache, layer_recent in zip(weights.layers, cache, recent, strict=True):
         layer = nnx.merge(_layer_graph(config), layer_weights)
-        x, layer_cache = layer(x, rotary, partial(attend_cached, layer_cache, positions))
+        x, layer_recent = layer(x, rotary, partial(attend_cached, layer_cache, layer_recent, started, step))
         x = _residual(x, mesh)
-        updated.append(layer_cache)
+        updated.append(layer_recent)
     return _final_norm(weights.ends, x, config)[:, 0], tuple(updated)
 
 

@@ -92,8 +92,8 @@ def _rollout(config: RunConfig, model: qwen3.Qwen3Config, mesh: Mesh, state: Any
         Program(f"prefill {rows} x {rollout.max_prompt_tokens}", "rollout", engine.prefill, prefill, at,
                 prompts / rows, 1, (state, slots)),
         Program("insert", "rollout", engine.insert, insert, {"mesh": mesh}, float(prompts), 1, (state, weights)),
-        Program("grow the cache", "rollout", engine.resize, (slots_of(capacity // 2), capacity), {"mesh": mesh},
-                1.0, 1, (state, weights)),
+        Program("grow a layer's cache", "rollout", engine.resize, (slots_of(capacity // 2).cache[0], capacity),
+                {"mesh": mesh}, float(model.num_layers), 1, (state, weights, slots.cache[1:])),
         Program(f"generate {steps_a_call} steps", "rollout", engine.generate, (weights, slots, integers(4)),
                 {"steps": steps_a_call, **at}, steps / steps_a_call, steps_a_call, (state,)),
     ]  # fmt: skip

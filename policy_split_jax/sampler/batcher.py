@@ -290,8 +290,16 @@ class Batcher:
                 config.model, config.slots, length, self._max_new_tokens, config.dtype, config.mesh
             )
         if length != self._state.cache[0].length:
-            return engine.resize(self._state, length, config.mesh)
+            return self._resized(self._state, length)
         return self._state
+
+    def _resized(self, state: engine.DecodeState, length: int) -> engine.DecodeState:
+        """Layer by layer, each old one given back at once: the cache may be most of a device's memory."""
+        layers = []
+        for layer in state.cache:
+            layers.append(jax.block_until_ready(engine.resize(layer, length, self._config.mesh)))
+            jax.tree.map(lambda leaf: leaf.delete(), layer)
+        return state._replace(cache=tuple(layers))
 
     def _inserted(self, state: engine.DecodeState, group: list[tuple[int, _Waiting]]) -> engine.DecodeState:
         """Copies one prefix into the slots of its rollouts."""

@@ -16,7 +16,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from policy_split_jax.model import qwen3
-from policy_split_jax.model.cache import Cache, PromptCache, PromptLayer, init_cache, insert_prompt, resize_cache
+from policy_split_jax.model.cache import (
+    Cache,
+    LayerCache,
+    PromptCache,
+    PromptLayer,
+    init_cache,
+    insert_prompt,
+    merge_recent,
+    resize_layer,
+)
 from policy_split_jax.model.sharding import BATCH, constrain
 from policy_split_jax.sampler.sampling import SamplingSettings, sample, token_keys
 
@@ -99,12 +108,12 @@ def init_state(
 
 
 @partial(jax.jit, static_argnames=("cache_length", "mesh"))
-def resize(state: DecodeState, cache_length: int, mesh: Mesh | None = None) -> DecodeState:
-    """The same slots with a longer or shorter cache: decoding reads all of it, so it is no longer than needed.
+def resize(layer: LayerCache, cache_length: int, mesh: Mesh | None = None) -> LayerCache:
+    """One layer of a longer or shorter cache: decoding reads all of it, so it is no longer than needed.
 
     A live slot needs `positions + n` entries for its next n tokens; what is cut off must be no live slot's.
     """
-    return _placed(state._replace(cache=resize_cache(state.cache, cache_length)), mesh)
+    return jax.tree.map(lambda leaf: constrain(leaf, mesh, BATCH, "tp"), resize_layer(layer, cache_length))
 
 
 def no_prefix(config: qwen3.Qwen3Config, dtype: DTypeLike) -> PromptCache:
@@ -193,21 +202,38 @@ def generate(
 ) -> DecodeState:
     """At most `steps` decode steps of every live slot; fewer when all have ended."""
 
+    # The steps read the cache and never write it: see `model/cache.py`.
+    cache, started = state.cache, state.positions
+    shape = (config.num_layers, len(started), steps, config.num_kv_heads, config.head_dim)
+    fresh = state._replace(cache=init_cache(*shape, weights.dtype))
+
     def unfinished(carry: tuple[Int[Array, ""], DecodeState]) -> Bool[Array, ""]:
         done, current = carry
         return (done < steps) & jnp.any(current.live)
 
     def body(carry: tuple[Int[Array, ""], DecodeState]) -> tuple[Int[Array, ""], DecodeState]:
         done, current = carry
-        hidden, cache = qwen3.decode(
-            weights, current.cache, current.last_tokens, current.positions, config=config, mesh=mesh
+        hidden, recent = qwen3.decode(
+            weights,
+            cache,
+            current.cache,
+            current.last_tokens,
+            started,
+            current.positions,
+            done,
+            config=config,
+            mesh=mesh,
         )
         logits = constrain(qwen3.logits(weights.ends, hidden, config), mesh, BATCH, "tp")
         keys = token_keys(current.keys, current.lengths)
         tokens, logprobs = sample(logits, keys, current.settings)
-        return done + 1, _placed(_advance(current._replace(cache=cache), tokens, logprobs, stop_ids), mesh)
+        return done + 1, _placed(_advance(current._replace(cache=recent), tokens, logprobs, stop_ids), mesh)
 
-    return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+    _, last = jax.lax.while_loop(unfinished, body, (jnp.int32(0), _placed(fresh, mesh)))
+    merged = tuple(
+        merge_recent(layer, recent, started, last.positions) for layer, recent in zip(cache, last.cache, strict=True)
+    )
+    return _placed(last._replace(cache=merged), mesh)
 
 
 def _advance(

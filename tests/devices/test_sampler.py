@@ -45,7 +45,7 @@ def test_rollouts_are_the_same_on_every_mesh(config, params, prompts, mesh):
 
 def test_slots_and_heads_are_divided(config, mesh):
     state = engine.init_state(config, 16, 32, NEW, jnp.float32, mesh)
-    longer = engine.resize(state, 64, mesh)
+    longer = state._replace(cache=tuple(engine.resize(layer, 64, mesh) for layer in state.cache))
     for each in (state, longer):
         assert lies(each.cache[0].keys, mesh, ("data", "fsdp"), "tp")
         assert lies(each.live, mesh, ("data", "fsdp"))

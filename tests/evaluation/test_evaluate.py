@@ -80,7 +80,7 @@ def test_so_many_questions_are_scored_that_devices_share_their_rollouts():
 
 
 def test_the_scored_questions_are_as_long_as_the_longest(monkeypatch):
-    """Two rollouts of at most 3 tokens after a prompt of 1, under two modes: 16 tokens a question, 4 questions in 64."""
+    """Two rollouts of at most 3 tokens after a prompt of 1, under two modes: 16 tokens a question, two in 32."""
     rows = [group([(0.0, "1")], [(0.0, "1")])] * 9
     sizes = []
 

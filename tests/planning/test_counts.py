@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (HLO has long lines)
 """FLOPs and bytes against counts by hand."""
 
 import jax

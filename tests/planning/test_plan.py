@@ -139,7 +139,7 @@ def test_published_sizes_are_known_by_name():
     assert planning.model_config("/models/Qwen3-1.7B").hidden_size == 2048
     assert planning.model_config("Qwen/Qwen3-8B/").tie_embeddings is False
     assert planning.model_config("embedded") == load_config(model_folder("embedded"))
-    with pytest.raises(UserError, match="no config.json there"):
+    with pytest.raises(UserError, match=r"no config\.json there"):
         planning.model_config("/models/Qwen3-170B")
 
 

@@ -258,15 +258,19 @@ def test_prompts_that_continue_a_shared_beginning_equal_whole_prompts(config, pa
             np.testing.assert_allclose(ours[row, : len(prompt)], theirs[row, : len(prompt)], **CLOSE)
 
 
+def resized(state, length):
+    return state._replace(cache=tuple(engine.resize(layer, length) for layer in state.cache))
+
+
 def test_the_length_of_the_cache_changes_nothing(start, run, plain):
     """Two steps on a short cache, two on a longer one, the rest on one cut to what is needed."""
-    state = engine.resize(start(), WIDTH)
+    state = resized(start(), WIDTH)
     state = run(state, 2)
-    longer = engine.resize(state, 40)
+    longer = resized(state, 40)
     np.testing.assert_array_equal(longer.cache[1].keys[..., :WIDTH], state.cache[1].keys)
     assert longer.cache[0].values.shape[2] == 40
     state = run(longer, 2)
-    state = run(engine.resize(state, WIDTH + NEW - 2), 2)
+    state = run(resized(state, WIDTH + NEW - 2), 2)
     np.testing.assert_array_equal(state.tokens, plain.tokens)
     np.testing.assert_allclose(state.logprobs, plain.logprobs, **CLOSE)
 

@@ -2,8 +2,8 @@
 
 `prefill` computes the keys and values of prompts, `insert` puts them into slots (one prompt into as many
 slots as it has rollouts), `generate` decodes all slots for a few steps. A slot's rollout depends on its
-prompt, key and settings alone: not on its slot, its neighbours, padding, the cache's length or how often the
-host looks.
+prompt, key and settings alone: not on its slot, its neighbours, padding or the cache's length. How many steps a
+call makes changes the order of sums, and so the last digits.
 """
 
 from functools import partial

@@ -44,9 +44,9 @@ def test_a_plan_that_fits(here, capsys):
     assert found["state"]["optimizer"] == pytest.approx(8 * parameters, abs=64)
     cache = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * 8 * 42 * 4
     assert found["state"]["cache"] == cache
-    # A product for every weight but the embedding, which is looked up, and is the head; 4 steps of 8 slots.
+    # A product for every weight, the embedding being the head; 4 steps of 8 slots, each over 42 positions and 4 recent.
     steps, slots = 4, 8
-    attention = 4 * 42 * sizes.num_heads * sizes.head_dim * sizes.num_layers
+    attention = 4 * (42 + steps) * sizes.num_heads * sizes.head_dim * sizes.num_layers
     norms = sizes.hidden_size * (2 * sizes.num_layers + 1) + 2 * sizes.head_dim * sizes.num_layers
     assert programs["generate"]["flops"] == steps * slots * (2 * (parameters - norms) + attention)
     # 32 rollouts of 6 tokens in 8 slots, and 4 steps until the last has made its 10.

@@ -6,17 +6,19 @@ Loops are counted as often as they run. XLA's own `cost_analysis` counts their b
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# They name values and move none.
+# They name values and move none; so do those that end with -done.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
-    "while", "conditional", "call", "async-start", "async-update", "async-done", "copy-done", "domain",
-    "opt-barrier", "iota",
+    "while", "conditional", "call", "async-start", "async-update", "domain", "opt-barrier", "iota",
 }  # fmt: skip
+_SLICES = {"slice", "dynamic-slice", "gather"}
+# Their shapes name what they are given beside what they give.
+_PAIRS = {"copy-start", "all-gather-start", "collective-permute-start"}
 _ARRAY = re.compile(r"\b([a-z]+[0-9a-z]*)\[([0-9,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"(\d+)"')
@@ -50,15 +52,6 @@ class Computation:
     @cached_property
     def by_name(self) -> Mapping[str, Instruction]:
         return {item.name: item for item in self.instructions}
-
-    def users(self, name: str) -> Iterator[Instruction]:
-        """Who reads a value, through names that only give it another shape."""
-        for item in self.instructions:
-            if name in item.operands:
-                if item.opcode == "bitcast":
-                    yield from self.users(item.name)
-                else:
-                    yield item
 
 
 @dataclass
@@ -169,8 +162,12 @@ def _sent(kind: str, item: Instruction, computation: Computation) -> int:
 def _moved(item: Instruction, computation: Computation, computations: Mapping[str, Computation]) -> int:
     """Bytes of HBM that an instruction reads and writes."""
     operands = [computation.by_name[name].shape for name in item.operands if name in computation.by_name]
-    if item.opcode in ("dynamic-slice", "gather"):
-        return 2 * _in_memory(item.shape)
+    if item.opcode.removesuffix("-start") in _SLICES:
+        # One that only starts names its operand before its result.
+        size, in_memory = [*arrays(item.shape)][item.opcode.endswith("-start")]
+        return size * (_in_memory(operands[0]) > 0) + size * in_memory
+    if item.opcode in _PAIRS:
+        return _in_memory(item.shape)
     if item.opcode == "dynamic-update-slice":
         return 2 * _in_memory(operands[1])
     if item.opcode != "fusion":
@@ -181,28 +178,27 @@ def _moved(item: Instruction, computation: Computation, computations: Mapping[st
 
 
 def _read(inside: Computation, number: int, shape: str) -> int:
-    """Bytes that a fusion reads of one operand: a slice of it, where it only slices."""
+    """Bytes that a fusion reads of one operand: a slice of it, where it only slices or updates it in place."""
     whole = _in_memory(shape)
-    names = [item.name for item in inside.instructions if item.opcode == "parameter" and item.rest == str(number)]
-    users = [user for name in names for user in inside.users(name)]
+    same = _same(inside, number)
+    users = [item for item in inside.instructions if same.intersection(item.operands) and item.opcode != "bitcast"]
     if not whole or not users:
         return whole
     parts = 0
     for user in users:
-        if user.opcode in ("dynamic-slice", "gather"):
+        if user.opcode in _SLICES:
             parts += sum(size for size, _ in arrays(user.shape))
-        elif not (
-            user.opcode == "dynamic-update-slice" and inside.by_name[user.operands[0]].name in _same(inside, names)
-        ):
+        elif user.opcode != "dynamic-update-slice" or user.operands[0] not in same:
             return whole
     return min(whole, parts)
 
 
-def _same(inside: Computation, names: Iterable[str]) -> set[str]:
-    """Values that are these, in another shape."""
-    same = set(names)
+def _same(inside: Computation, number: int) -> set[str]:
+    """The parameter of this number, and what is it in another shape."""
+    same: set[str] = set()
     for item in inside.instructions:
-        if item.opcode == "bitcast" and same.intersection(item.operands):
+        parameter = item.opcode == "parameter" and item.rest == str(number)
+        if parameter or (item.opcode == "bitcast" and same.intersection(item.operands)):
             same.add(item.name)
     return same
 

@@ -123,6 +123,23 @@ def test_bytes_of_a_module_by_hand():
     assert found.memory == 2 * table + 5 * (part + index + row + index + row)
 
 
+def test_what_only_starts_is_counted_once():
+    """A copy to nearer memory, and a quarter of a weight brought there, as a TPU's compiler writes them."""
+    module = """HloModule jit_f
+
+ENTRY %main (a: f32[8,16], b: bf16[64,32]) -> f32[8,16] {
+  %a = f32[8,16]{1,0} parameter(0)
+  %b = bf16[64,32]{1,0} parameter(1)
+  %near = (f32[8,16]{1,0:S(1)}, f32[8,16]{1,0}, u32[]{:S(2)}) copy-start(%a)
+  %part = ((bf16[64,32]{1,0}), bf16[16,32]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%b), slice={[0:16], [0:32]}
+  %cut = bf16[16,32]{1,0} slice(%b), slice={[0:16], [0:32]}
+  ROOT %back = f32[8,16]{1,0} copy-done(%near)
+}
+"""
+    copied, part = 8 * 16 * 4, 16 * 32 * 2
+    assert traffic(module).memory == copied + part + 2 * part
+
+
 def test_a_loop_whose_count_is_not_known_runs_as_often_as_is_said():
     unknown = MODULE.replace("constant(5)", "add(%at, %at)")
     assert traffic(unknown, while_trips=3).collectives["all-gather"] == 3 * 4 * 64 * 32 * 2

@@ -82,6 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _config_arguments(parser: argparse.ArgumentParser, example: str) -> None:
+    parser.add_argument("config", metavar="CONFIG", help=f"a YAML file, for example {example}")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
+
+
 def _model_options(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
@@ -109,8 +114,7 @@ def _train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         help="train both modes; goes on by itself where a run of that name stopped",
         description="Trains both modes as CONFIG says, and writes metrics, checkpoints and report.html to runs/NAME.",
     )
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, for example configs/tiny.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
+    _config_arguments(parser, "configs/tiny.yaml")
     parser.add_argument("--resume", action="store_true", help="fail unless there is a checkpoint to resume from")
     _model_options(parser)
     cluster = parser.add_argument_group(
@@ -127,8 +131,7 @@ def _sft(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> Non
         help="make a tiny Qwen3 and warm it up on the embedded task",
         description="Supervised learning of the embedded task; this is how the embedded model was made.",
     )
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, for example configs/tiny_sft.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
+    _config_arguments(parser, "configs/tiny_sft.yaml")
     parser.add_argument("--model", metavar="DIR", help="start from this Hugging Face folder, not from random weights")
     parser.add_argument("--checkpoint", metavar="DIR", help="start from a run's last checkpoint")
 
@@ -235,8 +238,7 @@ def _plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         description="Compiles every program of a run for hardware that is not there, and adds up memory and time. "
         "Exits with 1 when it does not fit. Needs the tpu extra, and no TPU.",
     )
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, for example configs/qwen3_1p7b.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
+    _config_arguments(parser, "configs/qwen3_1p7b.yaml")
     parser.add_argument("--topology", metavar="NAME", required=True, help="v5e:4x8, v5p:4x4x4, v6e:8x8, v4:2x2x2, ...")
     parser.add_argument(
         "--mean-response", type=_positive, metavar="N", help="tokens of a mean response (default: half of the longest)"

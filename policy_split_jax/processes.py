@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from policy_split_jax.errors import UserError
 
@@ -77,8 +78,6 @@ def is_first() -> bool:
 def wait_for_all(what: str) -> None:
     """Returns when every process has come here."""
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
         multihost_utils.sync_global_devices(what)
 
 
@@ -105,8 +104,6 @@ def fetch(arrays: Any) -> Any:
     """A tree of arrays as NumPy arrays, whole in every process, whichever devices they lie on."""
     if jax.process_count() == 1:
         return jax.device_get(arrays)
-    from jax.experimental import multihost_utils
-
     return multihost_utils.process_allgather(arrays, tiled=True)
 
 
@@ -127,6 +124,4 @@ def _everybodys(values: np.ndarray) -> np.ndarray:
     """One row from each process."""
     if jax.process_count() == 1:
         return values[None]
-    from jax.experimental import multihost_utils
-
     return np.asarray(multihost_utils.process_allgather(values))

@@ -101,11 +101,7 @@ def splash_attention(
         kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
         return jax.vmap(kernel)(queries, keys, values, splash.SegmentIds(kinds, kinds))
 
-    if mesh is not None:
-        heads = PartitionSpec(BATCH, "tp")
-        attend = jax.shard_map(
-            attend, mesh=mesh, in_specs=(heads, heads, heads, PartitionSpec(BATCH)), out_specs=heads, check_vma=False
-        )
+    attend = _on_mesh(attend, mesh, PartitionSpec(BATCH, "tp"))
     kinds = jnp.pad(kinds, ((0, 0), (0, padded - length)))
     # The kernel does not scale.
     scaled = queries * queries.shape[-1] ** -0.5
@@ -126,12 +122,15 @@ def cudnn_attention(
     def attend(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
         return jax.nn.dot_product_attention(queries, keys, values, mask=mask[:, None], implementation="cudnn")
 
-    if mesh is not None:
-        heads = PartitionSpec(BATCH, None, "tp")
-        attend = jax.shard_map(
-            attend, mesh=mesh, in_specs=(heads, heads, heads, PartitionSpec(BATCH)), out_specs=heads, check_vma=False
-        )
-    return attend(queries, keys, values, mask)
+    return _on_mesh(attend, mesh, PartitionSpec(BATCH, None, "tp"))(queries, keys, values, mask)
+
+
+def _on_mesh(attend: Callable[..., Any], mesh: Mesh | None, heads: PartitionSpec) -> Callable[..., Any]:
+    """A kernel on every device's own rows and heads, which lie as said; its fourth argument has rows alone."""
+    if mesh is None:
+        return attend
+    given = (heads, heads, heads, PartitionSpec(BATCH))
+    return jax.shard_map(attend, mesh=mesh, in_specs=given, out_specs=heads, check_vma=False)
 
 
 def attention(

@@ -67,6 +67,13 @@ def named_shardings(axes: Any, mesh: Mesh, rules: Rules) -> Any:
     return jax.tree.map(sharding, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
+def placed(tree: Any, shardings: Any) -> Any:
+    """Arrays or their shapes as `jax.ShapeDtypeStruct`s that lie as the tree of shardings says."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
+    )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())

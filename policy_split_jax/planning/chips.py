@@ -1,4 +1,4 @@
-"""What accelerators can do, as their makers say: the one table of it."""
+"""What TPUs can do, as their makers say: the one table of it."""
 
 from dataclasses import dataclass
 
@@ -28,6 +28,5 @@ CHIPS = {
     "v5e": Chip("TPU v5e", 197e12, 16 * GIB - _RESERVED, 819e9, 200e9, "https://cloud.google.com/tpu/docs/v5e"),
     "v5p": Chip("TPU v5p", 459e12, 95 * GIB - _RESERVED, 2765e9, 600e9, "https://cloud.google.com/tpu/docs/v5p"),
     "v6e": Chip("TPU v6e", 918e12, 32 * GIB - _RESERVED, 1640e9, 400e9, "https://cloud.google.com/tpu/docs/v6e"),
-    "h100": Chip("H100 SXM", 989e12, 80 * 10**9, 3350e9, 450e9, "https://www.nvidia.com/en-us/data-center/h100/"),
 }
 """By the word before the colon of a topology's name."""

@@ -9,18 +9,18 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import Mesh
 
 from policy_split_jax.config import EMBEDDED, RunConfig
 from policy_split_jax.errors import UserError
 from policy_split_jax.model import qwen3
 from policy_split_jax.model.huggingface import load_config
-from policy_split_jax.model.sharding import batch_shards, make_mesh
 from policy_split_jax.planning.chips import CHIPS, Chip
 from policy_split_jax.planning.flops import count_flops
 from policy_split_jax.planning.hlo import traffic
 from policy_split_jax.planning.programs import Program, Workload, programs
 from policy_split_jax.policy import model_folder
+from policy_split_jax.sampler import engine
+from policy_split_jax.training.loop import run_mesh
 
 # Vocabulary, width, MLP width, layers, heads, kv heads, head size, tied: as in their config.json.
 QWEN3 = {
@@ -105,7 +105,7 @@ def make_plan(
     """
     chip = chip_of(topology)
     model = model_config(config.model.path)
-    mesh = _mesh(config, model, _devices(topology))
+    mesh = run_mesh(config, model, _devices(topology))
     mean = float(mean_response or config.rollout.max_new_tokens / 2)
     rollouts = config.rollout.questions_per_step * 2 * config.rollout.rollouts_per_mode
     work = Workload(rollouts, mean, float(min(_MEAN_PROMPT, config.rollout.max_prompt_tokens)))
@@ -115,7 +115,8 @@ def make_plan(
     for program in chosen:
         report(program.name)
         planned.append(_compile(program, chip, mesh.size))
-    cast, generate = chosen[0], chosen[4]
+    by_function = {program.run: program for program in chosen}
+    cast, generate = by_function[qwen3.sampling_weights], by_function[engine.generate]
     state = {
         "parameters": _bytes(cast.arguments),
         "optimizer": _bytes(cast.besides),
@@ -152,22 +153,6 @@ def _devices(topology: str) -> list[Any]:
             f"--topology {topology}: cannot be compiled for ({reason}); it needs policy-split-jax[tpu] and the name "
             "of a slice, such as v5e:4x8, v5p:4x4x4 or v6e:8x8"
         ) from None
-
-
-def _mesh(config: RunConfig, model: qwen3.Qwen3Config, devices: list[Any]) -> Mesh:
-    try:
-        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tp, devices)
-        qwen3.param_shardings(model, mesh)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    shards = batch_shards(mesh)
-    for name, number in (
-        ("rollout.slots", config.rollout.slots),
-        ("train.microbatch_rows", config.train.microbatch_rows),
-    ):
-        if number % shards:
-            raise UserError(f"{name}: {number} is not a multiple of {shards}, the mesh's data x fsdp")
-    return mesh
 
 
 def _compile(program: Program, chip: Chip, devices: int) -> ProgramPlan:

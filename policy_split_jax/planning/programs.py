@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from policy_split_jax.config import RunConfig
 from policy_split_jax.evaluation.evaluate import make_scorer, questions_at_once
 from policy_split_jax.model import qwen3
-from policy_split_jax.model.sharding import batch_shards, replicated
+from policy_split_jax.model.sharding import batch_shards, placed, replicated
 from policy_split_jax.objective.scorer import Places
 from policy_split_jax.sampler import batcher, engine
 from policy_split_jax.sampler.sampling import SamplingSettings
@@ -60,7 +60,7 @@ def programs(config: RunConfig, model: qwen3.Qwen3Config, mesh: Mesh, work: Work
     """All programs of a run, for the longest prompts and responses."""
     optimizer = make_optimizer(config.optimizer)
     shapes = jax.eval_shape(partial(init_state, optimizer=optimizer, seed=0, eta=0.1), qwen3.abstract_params(model))
-    state = _placed(shapes, state_shardings(model, optimizer, mesh))
+    state = placed(shapes, state_shardings(model, optimizer, mesh))
     return [*_rollout(config, model, mesh, state, work), _score(config, model, mesh, state.params),
             _update(config, model, mesh, state, work)]  # fmt: skip
 
@@ -161,14 +161,7 @@ def _whole(mesh: Mesh, dtype: Any, *shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
 
 
-def _placed(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
-    )
-
-
 def _result(run: Any, *arguments: Any, **keywords: Any) -> Any:
     """What a jitted function returns, abstract, lying where the compiler puts it."""
     lowered = run.lower(*arguments, **keywords)
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), lowered.out_info)
-    return _placed(shapes, lowered.compile().output_shardings)
+    return placed(lowered.out_info, lowered.compile().output_shardings)

@@ -17,9 +17,7 @@ from policy_split_jax.planning.programs import PACKED
 def to_json(plan: Plan, config: RunConfig) -> dict[str, Any]:
     """Every figure: bytes on one device, operations and seconds of a call."""
     return {
-        **{key: value for key, value in asdict(plan).items() if key not in ("chip", "programs")},
-        "chip": asdict(plan.chip),
-        "programs": [asdict(program) for program in plan.programs],
+        **asdict(plan),
         "step_seconds": plan.step_seconds,
         "fits": plan.fits,
         "remedies": list(remedies(plan, config)),

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 
 from policy_split_jax.errors import UserError
 from policy_split_jax.model.qwen3 import Params, Qwen3Config, abstract_params
+from policy_split_jax.model.sharding import placed
 from policy_split_jax.policy import Policy, load_policy, model_folder
 from policy_split_jax.training.state import TrainState
 
@@ -44,7 +45,8 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             raise UserError(f"{self._folder}: no checkpoint there")
-        wanted = _placed(jax.eval_shape(_storable, like), shardings._asdict())
+        # Where each array goes is said here, not read from the file: the checkpoint may come from other devices.
+        wanted = placed(jax.eval_shape(_storable, like), shardings._asdict())
         try:
             found = self._manager.restore(
                 step,
@@ -71,13 +73,6 @@ class Checkpoints:
 def _storable(state: TrainState) -> dict[str, Any]:
     """Arrays only: a typed key is stored as its data."""
     return state._replace(key=jax.random.key_data(state.key))._asdict()
-
-
-def _placed(tree: Any, shardings: Any) -> Any:
-    """Where each array goes is said here, not read from the file: the checkpoint may come from other devices."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
-    )
 
 
 def latest_step(folder: Path) -> int | None:
@@ -111,7 +106,7 @@ def load_checkpoint_params(folder: Path, config: Qwen3Config, shardings: Any = N
         raise UserError(f"{folder}: no checkpoint there yet")
     shapes = abstract_params(config)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    wanted = {"params": _placed(shapes, shardings or jax.tree.map(lambda _: here, shapes))}
+    wanted = {"params": placed(shapes, shardings or jax.tree.map(lambda _: here, shapes))}
     places = ocp.checkpoint_utils.construct_restore_args(wanted)
     with ocp.CheckpointManager(folder.resolve(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
         found = manager.restore(

@@ -268,9 +268,9 @@ def _source(config: RunConfig, started_at: int) -> tuple[Policy, Mesh, qwen3.Par
     """What the run starts from; of a run that goes on only the shapes, since its weights are in its checkpoint."""
     if started_at:
         policy = load_policy(config.folder / "model")
-        return policy, _mesh(config, policy.config), qwen3.abstract_params(policy.config)
+        return policy, run_mesh(config, policy.config, jax.devices()), qwen3.abstract_params(policy.config)
     policy = _first_policy(config)
-    mesh = _mesh(config, policy.config)
+    mesh = run_mesh(config, policy.config, jax.devices())
     shardings = qwen3.param_shardings(policy.config, mesh)
     if config.model.checkpoint:
         params = load_checkpoint_params(Path(config.model.checkpoint) / "checkpoints", policy.config, shardings)
@@ -285,27 +285,22 @@ def _first_policy(config: RunConfig) -> Policy:
     return load_policy(model_folder(config.model.path))
 
 
-def _mesh(config: RunConfig, model: qwen3.Qwen3Config) -> Mesh:
-    """All devices, as the settings divide them; UserError where model or settings cannot be divided so."""
+def run_mesh(config: RunConfig, model: qwen3.Qwen3Config, devices: Sequence[Any]) -> Mesh:
+    """These devices, as the settings divide them; UserError where model or settings cannot be divided so."""
     rollout = config.rollout
     try:
-        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tp, jax.devices())
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tp, devices)
         qwen3.param_shardings(model, mesh)
     except ValueError as error:
         raise UserError(str(error)) from None
     shards = batch_shards(mesh)
     questions = config.train.microbatch_questions or rollout.questions_per_step // config.train.updates_per_step
-    rollouts = questions * 2 * rollout.rollouts_per_mode
-    rows = config.train.microbatch_rows
-    if rollout.slots % shards:
-        raise UserError(f"rollout.slots: {rollout.slots} is not a multiple of {shards}, the mesh's data x fsdp")
-    if rows % shards:
-        raise UserError(f"train.microbatch_rows: {rows} is not a multiple of {shards}, the mesh's data x fsdp")
-    if not rows and rollouts % shards:
-        raise UserError(
-            "rollouts of a microbatch (train.microbatch_questions x 2 x rollout.rollouts_per_mode): "
-            f"{rollouts} is not a multiple of {shards}, the mesh's data x fsdp"
-        )
+    rollouts = ("rollouts of a microbatch (train.microbatch_questions x 2 x rollout.rollouts_per_mode)",
+                questions * 2 * rollout.rollouts_per_mode)  # fmt: skip
+    rows = ("train.microbatch_rows", config.train.microbatch_rows)
+    for name, number in (("rollout.slots", rollout.slots), rows if config.train.microbatch_rows else rollouts):
+        if number % shards:
+            raise UserError(f"{name}: {number} is not a multiple of {shards}, the mesh's data x fsdp")
     return mesh
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from policy_split_jax.model.attention import attention, causal_mask, make_attend, positions_of
 from policy_split_jax.model.cache import Cache, PromptCache, PromptLayer, attend_cached
@@ -245,14 +245,23 @@ def param_shardings(config: Qwen3Config, mesh: Mesh, rules: Rules = TRAINING_RUL
 
 
 def _embed(params: Params, tokens: Int[Array, "B T"], dtype: DTypeLike, mesh: Mesh | None) -> Float[Array, "B T D"]:
-    # Whole rows on every device: looked up in slices, they would have to change places with the sequences.
-    table = constrain(params["embed"]["embedding"].astype(dtype), mesh, "tp", None)
-    return _residual(table[tokens], mesh)
+    # Every device looks up its own columns for all sequences; then columns and sequences change places.
+    table = params["embed"]["embedding"].astype(dtype)
+    return constrain(table[tokens], mesh, "data", None, "fsdp")
 
 
-def _residual(x: Float[Array, "B T D"], mesh: Mesh | None) -> Float[Array, "B T D"]:
-    """What runs through the layers is divided by sequences alone."""
-    return constrain(x, mesh, BATCH, None, None)
+def _by_token(x: Shaped[Array, "B T *N"], mesh: Mesh | None) -> Shaped[Array, "B T *N"]:
+    """In training `tp` divides the tokens of a sequence everywhere but in attention, which it divides by heads.
+
+    Of what a layer keeps for the backward pass every device then has its tokens' part
+    (https://arxiv.org/abs/2309.14509).
+    """
+    return constrain(x, mesh, BATCH, "tp")
+
+
+def _by_sequence(x: Float[Array, "B T D"], mesh: Mesh | None) -> Float[Array, "B T D"]:
+    """In sampling a call has few tokens: `tp` divides the work on each of them."""
+    return constrain(x, mesh, BATCH)
 
 
 def _cast(params: Any, dtype: DTypeLike) -> Any:
@@ -285,16 +294,16 @@ def forward(
     rotary = rotary_embedding(positions_of(valid, segments), config.head_dim, config.rope_theta)
     mix = make_attend(valid, segments, head_dim=config.head_dim, mesh=mesh, dtype=dtype)
 
-    def attend(queries: Array, keys: Array, values: Array) -> tuple[Array, None]:
-        return mix(queries, keys, values), None
+    def attend(*heads: Array) -> tuple[Array, None]:
+        return _by_token(mix(*(_by_token(part, mesh) for part in heads)), mesh), None
 
     @partial(jax.checkpoint, policy=REMAT_POLICIES[remat])
     def block(x: Array, weights: Params) -> tuple[Array, None]:
         layer = nnx.merge(_layer_graph(config), _cast(weights, dtype))
         x, kept = layer(x, rotary, attend)
-        return _residual(x, mesh), kept
+        return _by_token(x, mesh), kept
 
-    x, _ = jax.lax.scan(block, _embed(params, tokens, dtype, mesh), params["layers"])
+    x, _ = jax.lax.scan(block, _by_token(_embed(params, tokens, dtype, mesh), mesh), params["layers"])
     return _final_norm(params, x, config)
 
 
@@ -348,10 +357,10 @@ def prefill(
         full = PromptLayer(_continued(start.keys, keys), _continued(start.values, values))
         return attention(queries, full.keys, full.values, mask), full
 
-    x, kept = _embed(weights.ends, tokens, weights.dtype, mesh), []
+    x, kept = _by_sequence(_embed(weights.ends, tokens, weights.dtype, mesh), mesh), []
     for layer_weights, start in zip(weights.layers, shared, strict=True):
         x, full = nnx.merge(_layer_graph(config), layer_weights)(x, rotary, partial(attend, start))
-        x = _residual(x, mesh)
+        x = _by_sequence(x, mesh)
         kept.append(full)
     return tuple(kept)
 
@@ -378,12 +387,12 @@ def decode(
     layers is unrolled: see `model/cache.py`.
     """
     rotary = rotary_embedding(positions[:, None], config.head_dim, config.rope_theta)
-    x = _embed(weights.ends, tokens[:, None], weights.dtype, mesh)
+    x = _by_sequence(_embed(weights.ends, tokens[:, None], weights.dtype, mesh), mesh)
     updated = []
     for layer_weights, layer_cache, layer_recent in zip(weights.layers, cache, recent, strict=True):
         layer = nnx.merge(_layer_graph(config), layer_weights)
         x, layer_recent = layer(x, rotary, partial(attend_cached, layer_cache, layer_recent, started, step))
-        x = _residual(x, mesh)
+        x = _by_sequence(x, mesh)
         updated.append(layer_recent)
     return _final_norm(weights.ends, x, config)[:, 0], tuple(updated)
 

@@ -73,7 +73,8 @@ def score_hidden(
     size = min(chunk, length)
     chunks = -(-length // size)
     padding = chunks * size - length
-    hidden = jnp.pad(hidden, ((0, 0), (0, 0), (0, padding), (0, 0)))
+    # Whole sequences: every device of a `tp` group has its part of the vocabulary for each token.
+    hidden = jnp.pad(constrain(hidden, mesh, None, BATCH), ((0, 0), (0, 0), (0, padding), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, padding)))
     # The chunk axis goes first, for the loop.
     hidden_chunks = jnp.moveaxis(hidden.reshape(*hidden.shape[:2], chunks, size, hidden.shape[-1]), 2, 0)

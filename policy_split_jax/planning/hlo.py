@@ -20,6 +20,8 @@ _SLICES = {"slice", "dynamic-slice", "gather"}
 # Their shapes name what they are given beside what they give.
 _PAIRS = {"copy-start", "all-gather-start", "collective-permute-start"}
 _ARRAY = re.compile(r"\b([a-z]+[0-9a-z]*)\[([0-9,]*)\](\{[^}]*\})?")
+# A kernel's attributes may go on over further lines.
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%[\w.\-]+ = ")
 _NAME = re.compile(r"%([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"(\d+)"')
 _CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%([\w.\-]+)")
@@ -84,9 +86,9 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
             name = line.split("(")[0].replace("ENTRY", "").strip().lstrip("%")
             current = computations[name] = Computation()
             entry = name if line.startswith("ENTRY") else entry
-        elif line.startswith("}"):
+        elif line == "}":
             current = None
-        elif current is not None and " = " in line:
+        elif current is not None and _INSTRUCTION.match(line):
             current.instructions.append(_instruction(line))
     return computations, entry
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from policy_split_jax.config import EMBEDDED, RunConfig
 from policy_split_jax.errors import UserError
@@ -114,7 +115,7 @@ def make_plan(
     chosen = programs(config, model, mesh, work)
     for program in chosen:
         report(program.name)
-        planned.append(_compile(program, chip, mesh.size))
+        planned.append(_compile(program, chip, mesh))
     by_function = {program.run: program for program in chosen}
     cast, generate = by_function[qwen3.sampling_weights], by_function[engine.generate]
     state = {
@@ -155,20 +156,23 @@ def _devices(topology: str) -> list[Any]:
         ) from None
 
 
-def _compile(program: Program, chip: Chip, devices: int) -> ProgramPlan:
+def _compile(program: Program, chip: Chip, mesh: Mesh) -> ProgramPlan:
     traced = program.run.trace(*program.arguments, **program.keywords)
     flops = count_flops(traced.jaxpr.jaxpr, program.trips)
     besides = _bytes(program.besides)
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        return _refused(program, str(error), flops / devices, besides)
+        return _refused(program, str(error), flops / mesh.size, besides)
     memory = compiled.memory_analysis()
     moved = traffic(compiled.as_text(), program.trips)
-    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
+    temporaries = memory.temp_size_in_bytes
+    if mesh.devices.flat[0].platform == "tpu":
+        # There that figure adds up buffers that are never in memory at the same time.
+        temporaries = memory.peak_memory_in_bytes - arguments - results
     bounds = {
-        "compute": flops / devices / chip.flops,
+        "compute": flops / mesh.size / chip.flops,
         "memory": moved.memory / chip.memory_bandwidth,
         "network": sum(moved.collectives.values()) / chip.link_bandwidth,
     }
@@ -176,7 +180,7 @@ def _compile(program: Program, chip: Chip, devices: int) -> ProgramPlan:
     return ProgramPlan(
         program.name, program.phase, arguments, temporaries, results, besides,
         arguments + temporaries + results + besides + memory.generated_code_size_in_bytes,
-        flops / devices, moved.memory, dict(moved.collectives), bounds[bound], bound, program.calls,
+        flops / mesh.size, moved.memory, dict(moved.collectives), bounds[bound], bound, program.calls,
     )  # fmt: skip
 
 

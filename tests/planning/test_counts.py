@@ -63,7 +63,8 @@ def test_splash_attention_counts_what_is_below_the_diagonal():
 
 
 # A module as a TPU's compiler writes them: a loop of five, in which a slice of stacked weights is gathered; a fusion
-# that updates one row in place; a result kept near the cores, S(1), that no memory sees.
+# that updates one row in place; a kernel that reads the row, whose attributes go on over further lines; a result kept
+# near the cores, S(1), that no memory sees.
 MODULE = """HloModule jit_f, is_scheduled=true
 
 %slicer (p0: bf16[5,64,32], p1: s32[]) -> bf16[1,64,32] {
@@ -87,6 +88,9 @@ MODULE = """HloModule jit_f, is_scheduled=true
   %stack = bf16[5,64,32]{2,1,0} get-tuple-element(%state), index=1
   %table = f32[100,32]{1,0} get-tuple-element(%state), index=2
   %row = f32[1,32]{1,0} get-tuple-element(%state), index=3
+  %kernel = f32[1,32]{1,0:T(8,128)S(1)} custom-call(%row), custom_call_target="tpu_custom_call", backend_config={"body":"
+"blocks = 2", "%none = f32[9] add(%row)
+}}
   %part = bf16[1,64,32]{2,1,0:T(8,128)(2,1)S(1)} fusion(%stack, %at), kind=kLoop, calls=%slicer
   %all = bf16[1,256,32]{2,1,0:T(8,128)(2,1)S(1)} all-gather(%part), channel_id=1, replica_groups=[1,4]<=[4], dimensions={1}
   %next = f32[100,32]{1,0} fusion(%table, %row, %at), kind=kLoop, calls=%writer
@@ -119,8 +123,8 @@ def test_bytes_of_a_module_by_hand():
     # The gathered part is as large as four devices' parts; a sum passes twice.
     assert found.collectives == {"all-gather": 5 * 4 * part, "all-reduce": 2 * table}
     index = 4
-    # The sum reads and writes the table. A turn reads its slice, the row and indices, and writes the row.
-    assert found.memory == 2 * table + 5 * (part + index + row + index + row)
+    # The sum reads and writes the table. A turn reads its slice, the row twice, indices, and writes the row.
+    assert found.memory == 2 * table + 5 * (row + part + index + row + index + row)
 
 
 def test_what_only_starts_is_counted_once():

@@ -4,7 +4,9 @@ import importlib.util
 import json
 
 import jax
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from policy_split_jax import cli
 from policy_split_jax.errors import UserError
@@ -112,7 +114,8 @@ def test_a_program_that_the_compiler_refuses_does_not_fit(here, monkeypatch, cap
     monkeypatch.setattr(planning, "count_flops", lambda *unused: 8)
     traced = type("Traced", (), {"jaxpr": type("Closed", (), {"jaxpr": None}), "lower": lambda self: Refused()})
     run = type("Run", (), {"trace": lambda self: traced()})
-    found = planning._compile(planning.Program("update", "update", run(), ()), CHIPS["toy"], 4)
+    mesh = Mesh(np.asarray(jax.devices()[:1] * 4), ("data",))
+    found = planning._compile(planning.Program("update", "update", run(), ()), CHIPS["toy"], mesh)
     assert found.temporaries == int(18.99 * GIB)
     assert found.total > CHIPS["toy"].memory
     assert found.flops == 2

@@ -14,8 +14,9 @@ from statistics import median
 from typing import Any
 
 import jax
+from common import MODELS, SMALL, in_turn
 from flax import nnx
-from sampler import MODELS, NEVER, SMALL, in_turn, long_tailed, random_prompts
+from sampler import NEVER, long_tailed, random_prompts
 from tunix.generate.sampler import CacheConfig
 from tunix.generate.sampler import Sampler as TunixSampler
 from tunix.generate.tokenizer_adapter import TokenizerAdapter

@@ -15,9 +15,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from common import SMALL, in_turn
 from flax import nnx
 from jax import Array
-from sampler import SMALL, in_turn
 
 from policy_split_jax.model import qwen3
 from policy_split_jax.model.attention import attention, decode_attention

@@ -7,7 +7,6 @@ ratio of the medians within one call. Needs `pip install -e .[test]` (PyTorch, f
 """
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
@@ -16,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import MODELS, SMALL, in_turn, transformers_model
 
 from policy_split_jax.model import qwen3
 from policy_split_jax.model.qwen3 import Params, Qwen3Config, init_params
@@ -24,24 +24,8 @@ from policy_split_jax.sampler.batcher import Batcher, EngineConfig, Prompt, Samp
 from policy_split_jax.sampler.rollout import Sampler, rollout_keys
 from policy_split_jax.sampler.sampling import SamplingSettings
 
-SMALL = Qwen3Config(8192, 512, 1536, 8, 8, 4, 64)
-TINY = Qwen3Config(512, 128, 384, 4, 4, 2, 32)
-MODELS = {"small": SMALL, "tiny": TINY}
 # An id outside the vocabulary: nothing stops, so that all make the same number of tokens.
 NEVER = (-1,)
-Seconds = dict[str, list[float]]
-
-
-def in_turn(rounds: int, runs: dict[str, Callable[[], Any]]) -> Seconds:
-    """Seconds of each run in each round, after one round that compiles."""
-    seconds: Seconds = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def random_prompts(config: Qwen3Config, count: int, length: int, samples: int = 1) -> list[Prompt]:
@@ -77,19 +61,8 @@ def equal(rounds: int) -> None:
 def transformers_generate(config: Qwen3Config, prompts: Sequence[Sequence[int]], new_tokens: int) -> Callable[[], Any]:
     """The same work by transformers: a model of the same sizes, sampling at temperature 1."""
     import torch
-    import transformers
 
-    settings = transformers.Qwen3Config(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        tie_word_embeddings=config.tie_embeddings,
-    )
-    model = transformers.Qwen3ForCausalLM(settings).eval()
+    model = transformers_model(config).eval()
     ids = torch.tensor(prompts)
     sampling = {"do_sample": True, "top_k": 0, "eos_token_id": None, "pad_token_id": 0}
 

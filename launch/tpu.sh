@@ -256,8 +256,12 @@ get_ready() {
 
 # Whether this very run goes on there already, as after a Ctrl-C.
 goes_on() {
-  local found other
-  found=$(remote all "$ask_status") || return
+  local found other tries=0
+  # Installing would interrupt it: a connection that fails once is no answer.
+  until found=$(remote all "$ask_status"); do
+    ((++tries < 3)) || return
+    sleep "$poll"
+  done
   other=$(grep '^running ' <<<"$found" | grep -v "^running $identity " | head -n 1)
   [[ ! $other ]] || refuse "$name is busy with another run (policy-split ${other#running * }); --stop ends it"
   [[ $found == *"running $identity "* ]] && ! grep -q '^ended\|^idle' <<<"$found"

@@ -1,6 +1,7 @@
 """The command line: `policy-split train | sft | sample | score | eval | serve | export | report | plan`."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -47,7 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A full disk, a folder without permission: nothing that a traceback would explain.
         place = f"{error.filename}: " if error.filename else ""
         print(f"policy-split: error: {place}{error.strerror or error}", file=sys.stderr)
-        return 2
+        return 1 if error.errno in _PASSING else 2
+
+
+# A file system on a network may be back at the next try, which the launchers make after any code but 2.
+_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN}
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -1,6 +1,8 @@
 """The command line on the embedded model, as a user calls it."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -187,16 +189,18 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tmp_path, mon
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_the_system_refuses_is_one_line(prompts, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 2), (errno.ESTALE, 1)])
+def test_what_the_system_refuses_is_one_line(number, code, prompts, tmp_path, monkeypatch, capsys):
+    """Of what may pass by itself the exit code says so: launchers try again."""
     from pathlib import Path
 
     def refuse(self, *options, **more):
-        raise OSError(28, "No space left on device", str(self))
+        raise OSError(number, os.strerror(number), str(self))
 
     output = tmp_path / "out.jsonl"
     monkeypatch.setattr(Path, "replace", refuse)
-    assert main(["sample", "--prompts", str(prompts), "--max-new-tokens", "2", "--output", str(output)]) == 2
-    assert capsys.readouterr().err == f"policy-split: error: {output}.part: No space left on device\n"
+    assert main(["sample", "--prompts", str(prompts), "--max-new-tokens", "2", "--output", str(output)]) == code
+    assert capsys.readouterr().err == f"policy-split: error: {output}.part: {os.strerror(number)}\n"
     assert [path.name for path in tmp_path.iterdir()] == [prompts.name]
 
 

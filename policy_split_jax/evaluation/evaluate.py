@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from policy_split_jax.data.formats import Row
 from policy_split_jax.evaluation import metrics
 from policy_split_jax.model import qwen3
-from policy_split_jax.model.sharding import batch_shards, replicated
+from policy_split_jax.model.sharding import batch_shards, compiler_options, replicated
 from policy_split_jax.modes import HIGH_ENTROPY, MODE_NAMES, NORMAL
 from policy_split_jax.objective.scorer import TokenScores, score_rollouts
 from policy_split_jax.policy import Policy
@@ -63,7 +63,7 @@ def make_scorer(
 ) -> Scorer:
     """The scorer of a model, jitted."""
 
-    @partial(jax.jit, out_shardings=mesh and replicated(mesh))
+    @partial(jax.jit, out_shardings=mesh and replicated(mesh), compiler_options=compiler_options(mesh))
     def score(params: qwen3.Params, batch: Batch) -> TokenScores:
         return score_rollouts(
             params,

@@ -7,7 +7,7 @@ never hold a sequence's scores. Decoding and prompts are short of queries and al
 import itertools
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from policy_split_jax.model.sharding import BATCH
+from policy_split_jax.model.sharding import BATCH, platform
 
 Mix = Callable[[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]], Float[Array, "B T N H"]]
 _SPLASH_LANES = 128
@@ -30,18 +30,31 @@ _MASKED_SCORE = -1e30
 
 def implementation(head_dim: int, mesh: Mesh | None, dtype: DTypeLike) -> Literal["xla", "splash", "cudnn"]:
     """How whole sequences attend on these devices, with activations of this type."""
-    platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
-    if platform == "tpu" and head_dim % _SPLASH_LANES == 0:
+    kind = platform(mesh)
+    if kind == "tpu" and head_dim % _SPLASH_LANES == 0:
         return "splash"
     narrow = jnp.dtype(dtype).itemsize == 2
-    if platform in ("gpu", "cuda") and narrow and head_dim % 8 == 0 and head_dim <= _CUDNN_HEAD_DIM:
+    if kind in ("gpu", "cuda") and narrow and head_dim % 8 == 0 and head_dim <= _CUDNN_HEAD_DIM:
         return "cudnn"
     return "xla"
+
+
+class Branches(NamedTuple):
+    """Rows in which several responses follow one prompt and do not see each other; sizes in columns."""
+
+    prompt: int
+    responses: int
+    """How many; each has the same share of the columns behind the prompt."""
+
+    def split(self, x: Array) -> tuple[Array, Array]:
+        """A row's prompt [B, S, …], and its responses [B, R, C, …]."""
+        return x[:, : self.prompt], x[:, self.prompt :].reshape(x.shape[0], self.responses, -1, *x.shape[2:])
 
 
 def make_attend(
     valid: Bool[Array, "B T"],
     segments: Int[Array, "B T"] | None,
+    branches: Branches | None,
     *,
     head_dim: int,
     mesh: Mesh | None,
@@ -49,10 +62,12 @@ def make_attend(
 ) -> Mix:
     """Attention within whole sequences, as `causal_mask` says; what padding sees is nobody's business.
 
-    Splash attention knows no segment that others see: where `implementation` says so, no real token may be of
-    segment 0.
+    Only plain attention has branches (`implementation`).
     """
     kind = implementation(head_dim, mesh, dtype)
+    if branches is not None:
+        assert kind == "xla", f"{kind} attention has no branches"
+        return partial(branched_attention, valid=valid, branches=branches)
     if kind == "splash":
         kinds = valid.astype(jnp.int32) if segments is None else jnp.where(valid, segments, 0)
         return partial(splash_attention, kinds=kinds, mesh=mesh)
@@ -61,15 +76,21 @@ def make_attend(
     return partial(attention, mask=causal_mask(valid, segments))
 
 
-def positions_of(valid: Bool[Array, "B T"], segments: Int[Array, "B T"] | None) -> Int[Array, "B T"]:
+def positions_of(
+    valid: Bool[Array, "B T"], segments: Int[Array, "B T"] | None, branches: Branches | None = None
+) -> Int[Array, "B T"]:
     """A token's position: how many tokens it sees before itself (0 for padding before any)."""
-    if segments is None:
-        return jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-    prompt = jnp.sum(valid & (segments == 0), axis=1, keepdims=True)
+    if branches is not None:
+        prompt, own = branches.split(valid)
+        length = jnp.sum(prompt, axis=1)[:, None, None]
+        behind = (length + jnp.cumsum(own, axis=2) - 1).reshape(valid.shape[0], -1)
+        return jnp.concatenate([positions_of(prompt, None), jnp.maximum(behind, 0)], axis=1)
     seen = jnp.cumsum(valid, axis=1)
+    if segments is None:
+        return jnp.maximum(seen - 1, 0)
     begins = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
     before = jax.lax.cummax(jnp.where(begins, seen - valid, 0), axis=1)
-    return jnp.maximum(seen - before + jnp.where(segments == 0, 0, prompt) - 1, 0)
+    return jnp.maximum(seen - before - 1, 0)
 
 
 def splash_attention(
@@ -152,6 +173,30 @@ def attention(
     return mixed.reshape(batch, length, heads, head_dim)
 
 
+def branched_attention(
+    queries: Float[Array, "B T N H"],
+    keys: Float[Array, "B T K H"],
+    values: Float[Array, "B T K H"],
+    *,
+    valid: Bool[Array, "B T"],
+    branches: Branches,
+) -> Float[Array, "B T N H"]:
+    """The same where responses share their prompt: scores between responses are never computed."""
+    (prompt_valid, own_valid), rows = branches.split(valid), valid.shape[0]
+
+    def each(own: Array) -> Array:
+        return own.reshape(rows * branches.responses, *own.shape[2:])
+
+    def behind(prompt: Array, own: Array) -> Array:
+        return jnp.concatenate([jnp.repeat(prompt, branches.responses, axis=0), each(own)], axis=1)
+
+    (first, own_queries), keys_parts, values_parts = (branches.split(x) for x in (queries, keys, values))
+    mixed = attention(first, keys_parts[0], values_parts[0], causal_mask(prompt_valid))
+    mask = causal_mask(behind(prompt_valid, own_valid))[:, branches.prompt :]
+    own = attention(each(own_queries), behind(*keys_parts), behind(*values_parts), mask)
+    return jnp.concatenate([mixed, own.reshape(rows, -1, *own.shape[2:])], axis=1)
+
+
 def decode_attention(
     queries: Float[Array, "B 1 N H"],
     keys: tuple[Float[Array, "B K H _"], ...],
@@ -183,11 +228,8 @@ def _weights(
 def causal_mask(valid: Bool[Array, "B T"], segments: Int[Array, "B T"] | None = None) -> Bool[Array, "B T T"]:
     """Each position sees the valid positions up to itself; padding is seen by nobody.
 
-    With `segments`, a position sees its own segment and segment 0: several responses after one prompt.
+    With `segments`, only those of its own: several sequences in a row.
     """
     length = valid.shape[1]
     mask = jnp.tril(jnp.ones((length, length), bool))[None] & valid[:, None, :]
-    if segments is None:
-        return mask
-    own = segments[:, :, None] == segments[:, None, :]
-    return mask & (own | (segments == 0)[:, None, :])
+    return mask if segments is None else mask & (segments[:, :, None] == segments[:, None, :])

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
-from policy_split_jax.model.attention import attention, causal_mask, make_attend, positions_of
+from policy_split_jax.model.attention import Branches, attention, causal_mask, make_attend, positions_of
 from policy_split_jax.model.cache import Cache, PromptCache, PromptLayer, attend_cached
 from policy_split_jax.model.sharding import (
     BATCH,
@@ -28,6 +28,7 @@ from policy_split_jax.model.sharding import (
     constrain,
     named_shardings,
     pinned,
+    platform,
 )
 
 Params = Mapping[str, Any]
@@ -244,12 +245,6 @@ def param_shardings(config: Qwen3Config, mesh: Mesh, rules: Rules = TRAINING_RUL
     return named_shardings(logical_axes(config), mesh, rules)
 
 
-def _embed(params: Params, tokens: Int[Array, "B T"], dtype: DTypeLike, mesh: Mesh | None) -> Float[Array, "B T D"]:
-    # Every device looks up its own columns for all sequences; then columns and sequences change places.
-    table = params["embed"]["embedding"].astype(dtype)
-    return constrain(table[tokens], mesh, "data", None, "fsdp")
-
-
 def _by_token(x: Shaped[Array, "B T *N"], mesh: Mesh | None) -> Shaped[Array, "B T *N"]:
     """In training `tp` divides the tokens of a sequence everywhere but in attention, which it divides by heads.
 
@@ -262,6 +257,17 @@ def _by_token(x: Shaped[Array, "B T *N"], mesh: Mesh | None) -> Shaped[Array, "B
 def _by_sequence(x: Float[Array, "B T D"], mesh: Mesh | None) -> Float[Array, "B T D"]:
     """In sampling a call has few tokens: `tp` divides the work on each of them."""
     return constrain(x, mesh, BATCH)
+
+
+def _embed(params: Params, tokens: Int[Array, "B T"], dtype: DTypeLike, mesh: Mesh | None) -> Float[Array, "B T D"]:
+    """Every device looks up its own columns for all sequences; then columns and sequences change places."""
+    columns = params["embed"]["embedding"].astype(dtype)[tokens]
+    return _by_token(constrain(columns, mesh, "data", None, "fsdp"), mesh)
+
+
+def _embed_sampled(weights: "SamplingWeights", tokens: Int[Array, "B T"], mesh: Mesh | None) -> Float[Array, "B T D"]:
+    """The weights of sampling are whole."""
+    return _by_sequence(weights.ends["embed"]["embedding"][tokens], mesh)
 
 
 def _cast(params: Any, dtype: DTypeLike) -> Any:
@@ -280,19 +286,20 @@ def forward(
     config: Qwen3Config,
     valid: Bool[Array, "B T"],
     segments: Int[Array, "B T"] | None = None,
+    branches: Branches | None = None,
     dtype: DTypeLike = jnp.float32,
     remat: str = "none",
     mesh: Mesh | None = None,
 ) -> Float[Array, "B T D"]:
     """Final hidden states of whole sequences, for training and scoring.
 
-    `valid` marks real tokens; padding may stand anywhere, takes no position and is seen by nobody. `segments`
-    lets several responses follow one prompt in a row: see `attention.causal_mask`. `dtype` is
+    `valid` marks real tokens; padding may stand anywhere, takes no position and is seen by nobody. A row may hold
+    several sequences, told apart by `segments`, or with `branches` several responses behind one prompt. `dtype` is
     the activations' type; norms and softmax are in float32. `remat` says what the backward pass computes
     again of each layer: "none" nothing, "dots" all but the matrix products, "full" the whole layer.
     """
-    rotary = rotary_embedding(positions_of(valid, segments), config.head_dim, config.rope_theta)
-    mix = make_attend(valid, segments, head_dim=config.head_dim, mesh=mesh, dtype=dtype)
+    rotary = rotary_embedding(positions_of(valid, segments, branches), config.head_dim, config.rope_theta)
+    mix = make_attend(valid, segments, branches, head_dim=config.head_dim, mesh=mesh, dtype=dtype)
 
     def attend(*heads: Array) -> tuple[Array, None]:
         return _by_token(mix(*(_by_token(part, mesh) for part in heads)), mesh), None
@@ -303,7 +310,9 @@ def forward(
         x, kept = layer(x, rotary, attend)
         return _by_token(x, mesh), kept
 
-    x, _ = jax.lax.scan(block, _by_token(_embed(params, tokens, dtype, mesh), mesh), params["layers"])
+    # A CPU spends a sixth of an update on stacking what the layers keep.
+    unrolled = platform(mesh) == "cpu"
+    x, _ = jax.lax.scan(block, _embed(params, tokens, dtype, mesh), params["layers"], unroll=unrolled)
     return _final_norm(params, x, config)
 
 
@@ -357,7 +366,7 @@ def prefill(
         full = PromptLayer(_continued(start.keys, keys), _continued(start.values, values))
         return attention(queries, full.keys, full.values, mask), full
 
-    x, kept = _by_sequence(_embed(weights.ends, tokens, weights.dtype, mesh), mesh), []
+    x, kept = _embed_sampled(weights, tokens, mesh), []
     for layer_weights, start in zip(weights.layers, shared, strict=True):
         x, full = nnx.merge(_layer_graph(config), layer_weights)(x, rotary, partial(attend, start))
         x = _by_sequence(x, mesh)
@@ -387,7 +396,7 @@ def decode(
     layers is unrolled: see `model/cache.py`.
     """
     rotary = rotary_embedding(positions[:, None], config.head_dim, config.rope_theta)
-    x = _by_sequence(_embed(weights.ends, tokens[:, None], weights.dtype, mesh), mesh)
+    x = _embed_sampled(weights, tokens[:, None], mesh)
     updated = []
     for layer_weights, layer_cache, layer_recent in zip(weights.layers, cache, recent, strict=True):
         layer = nnx.merge(_layer_graph(config), layer_weights)

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from policy_split_jax.model import qwen3
-from policy_split_jax.model.attention import implementation
+from policy_split_jax.model.attention import Branches, implementation
 from policy_split_jax.model.sharding import BATCH, batch_shards, constrain
 
 
@@ -114,10 +114,10 @@ def score_rollouts(
     without that padding. Scores of padding are finite and mean nothing.
     """
     if places is None:
-        # Splash attention cannot tell the responses of one row from each other.
-        apart = implementation(config.head_dim, mesh, dtype) == "splash"
-        questions, group, length = responses.shape
-        per_row = 1 if apart else responses_per_row(prompts.shape[2], length, questions, group, batch_shards(mesh))
+        # Kernels of attention know no branches.
+        plain = implementation(config.head_dim, mesh, dtype) == "xla"
+        questions, group, _ = responses.shape
+        per_row = responses_per_row(questions, group, batch_shards(mesh)) if plain else 1
         layout = joined(prompts, prompt_lengths, responses, response_lengths, per_row)
     else:
         layout = packed(prompts, prompt_lengths, responses, response_lengths, places)
@@ -132,6 +132,7 @@ def score_rollouts(
             config=config,
             valid=rows.valid,
             segments=rows.segments,
+            branches=layout.branches,
             dtype=dtype,
             remat=remat,
             mesh=mesh,
@@ -156,7 +157,7 @@ class Rows(NamedTuple):
     tokens: Int[Array, "*M B W"]
     valid: Bool[Array, "*M B W"]
     segments: Int[Array, "*M B W"] | None
-    """Which tokens see each other (`attention.causal_mask`); None where all of a row do."""
+    """Which tokens see each other (`attention.causal_mask`); None where a row is not packed."""
 
 
 class Layout(NamedTuple):
@@ -166,6 +167,7 @@ class Layout(NamedTuple):
     """
 
     rows: Rows
+    branches: Branches | None
     targets: Int[Array, "B T"]
     """What is scored."""
     states: Callable[[Float[Array, "R W D"]], Float[Array, "B T D"]]
@@ -220,7 +222,7 @@ def packed(
         return scores.reshape(scores.shape[0], -1)[:, jnp.where(filled, first + steps - 1, 0)]
 
     rows = jax.vmap(of_mode, in_axes=1)(prompts, prompt_lengths)
-    return Layout(rows, jnp.roll(tokens, -1).reshape(cells), lambda hidden: hidden, restore)
+    return Layout(rows, None, jnp.roll(tokens, -1).reshape(cells), lambda hidden: hidden, restore)
 
 
 def joined(
@@ -233,26 +235,22 @@ def joined(
     """Padded prompts, each with `per_row` of its padded responses behind it, in the same columns of every row."""
     questions, group, length = responses.shape
     rows = join_rows(prompts, prompt_lengths, responses, response_lengths, per_row)
-    if per_row == 1:
-        rows = rows._replace(segments=None)
+    branches = Branches(prompts.shape[2], per_row) if per_row > 1 else None
     targets = responses.reshape(questions * group, length)
 
     def states(hidden: Float[Array, "R W D"]) -> Float[Array, "B T D"]:
         return _states_before(hidden, prompts.shape[2], per_row).reshape(*targets.shape, -1)
 
-    return Layout(rows, targets, states, lambda scores: scores.reshape(-1, questions, group, length))
+    return Layout(rows, branches, targets, states, lambda scores: scores.reshape(-1, questions, group, length))
 
 
-def responses_per_row(width: int, length: int, questions: int, group: int, shards: int) -> int:
+def responses_per_row(questions: int, group: int, shards: int) -> int:
     """How many responses share one computation of their prompt, a divisor of the group's size.
 
-    Sharing saves computing the prompt again for every response, but a row's attention grows with the square
-    of its length. The most is shared that does not enlarge the attention by more than half, and that leaves
-    rows which `shards` parts of the devices can divide evenly.
+    As many as leave rows that `shards` parts of the devices can divide evenly.
     """
-    limit = 1.5 * group * (width + length) ** 2
-    sizes = [size for size in range(2, group + 1) if group % size == 0 and questions * group // size % shards == 0]
-    return max([1, *(size for size in sizes if group // size * (width + size * length) ** 2 <= limit)])
+    sizes = [size for size in range(1, group + 1) if group % size == 0 and questions * group // size % shards == 0]
+    return max(sizes, default=1)
 
 
 def join_rows(
@@ -264,7 +262,7 @@ def join_rows(
 ) -> Rows:
     """Every response behind every prompt of its question: [M, P·G/per_row, S + per_row·T].
 
-    A row's prompt is segment 0, its responses 1, 2, …, which see the prompt and not each other.
+    A row's responses follow each other; `attention.Branches` keeps them apart.
     """
     questions, contexts, width = prompts.shape
     group, length = responses.shape[1:]
@@ -278,9 +276,7 @@ def join_rows(
 
     prompt_valid = jnp.arange(width) >= width - prompt_lengths[..., None]
     response_valid = jnp.arange(length) < response_lengths[..., None]
-    tokens = join(prompts, responses)
-    segments = jnp.concatenate([jnp.zeros(width, jnp.int32), 1 + jnp.arange(tail) // length])
-    return Rows(tokens, join(prompt_valid, response_valid), jnp.broadcast_to(segments, tokens.shape))
+    return Rows(join(prompts, responses), join(prompt_valid, response_valid), None)
 
 
 def _states_before(hidden: Float[Array, "B W D"], width: int, per_row: int) -> Float[Array, "B R T D"]:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from policy_split_jax import masked
 from policy_split_jax.model import qwen3
-from policy_split_jax.model.sharding import pinned
+from policy_split_jax.model.sharding import compiler_options, pinned
 from policy_split_jax.modes import HIGH_ENTROPY, MODE_NAMES, NORMAL
 from policy_split_jax.objective.advantages import AdvantageConfig, correctness_advantages, dual_mode_advantages
 from policy_split_jax.objective.eta import EtaConfig, next_eta
@@ -210,7 +210,7 @@ def make_update(
         metrics = jax.tree.map(jnp.mean, history)
         return state, metrics | {"sampler/max_difference": jnp.max(history["sampler/max_difference"])}
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.jit, donate_argnums=0, compiler_options=compiler_options(mesh))
     def update(state: TrainState, batch: Batch, packing: Packing | None = None) -> tuple[TrainState, Metrics]:
         if config.updates_per_step == 1 and not config.two_pass:
             only = None if packing is None else jax.tree.map(lambda leaf: leaf[0], packing)

@@ -88,7 +88,8 @@ def ssh(name: str, options: dict[str, str]) -> None:
     """Runs the command as a login shell does there: in the worker's home, with the programs that it has."""
     if state("tpu") != "READY":
         fail(f"{name} is not ready")
-    if "follow" in options["command"] and take("dropped"):
+    lost = {"follow": "dropped", "status": "silent"}
+    if any(word in options["command"] and take(name) for word, name in lost.items()):
         fail("Connection reset by peer", 255)
     codes = []
     for worker in range(WORKERS) if options["worker"] == "all" else [int(options["worker"])]:

@@ -350,6 +350,8 @@ def test_ctrl_c_ends_the_watching_and_stop_ends_the_run(place):
     assert other.returncode == 2
     assert "busy with another run (policy-split train configs/tiny.yaml output=/nfs/my\\ runs" in other.stderr
 
+    # A connection that fails is no reason to start it anew.
+    (place.stubs / "silent").write_text("2")
     watching, seen = watch()
     assert "goes on there already" in seen
     assert place.run("tpu.sh", *TPU, "--stop").returncode == 0

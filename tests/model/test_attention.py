@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policy_split_jax.model.attention import (
+    Branches,
     attention,
+    branched_attention,
     causal_mask,
     cudnn_attention,
     implementation,
@@ -99,13 +101,32 @@ def test_cudnn_attention_is_asked_for_the_same(monkeypatch, inputs):
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=12))
 def test_a_position_is_the_number_of_tokens_seen_before(tokens):
-    """Any padding, and segments of any lengths after a prompt."""
+    """Any padding, and sequences of any lengths in a row."""
     valid = jnp.array([[real for real, _ in tokens]])
-    segments = jnp.cumsum(jnp.array([[begins for _, begins in tokens]]), axis=1)
     # As sequences lie in packed rows: none goes on behind padding.
     packed = jnp.where(valid, 1 + jnp.cumsum(jnp.array([[begins or not real for real, begins in tokens]]), axis=1), 0)
-    for chosen in (None, segments, packed):
+    for chosen in (None, packed):
         seen = causal_mask(valid, chosen)
         expected = jnp.maximum(jnp.sum(seen, axis=-1) - 1, 0)
         found = positions_of(valid, chosen)
         np.testing.assert_array_equal(found[valid], expected[valid])
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(2, 3), st.lists(st.booleans(), min_size=40, max_size=40))
+def test_branches_see_the_prompt_and_not_each_other(prompt, own, count, real):
+    """Any padding anywhere: attention and positions, against a mask written down column by column."""
+    width = prompt + count * own
+    valid = np.array(real[: 2 * width]).reshape(2, width)
+    branches = Branches(prompt, count)
+    # 0 is the prompt, 1, 2, … the responses.
+    branch = np.array([0] * prompt + [1 + at // own for at in range(count * own)])
+    related = (branch[:, None] == branch[None]) | (branch[None] == 0)
+    mask = np.tril(np.ones((width, width), bool)) & related & valid[:, None, :]
+    draw = np.random.default_rng(0)
+    queries, keys, values = (jnp.asarray(draw.normal(size=(2, width, heads, 4)), jnp.float32) for heads in (4, 2, 2))
+    found = branched_attention(queries, keys, values, valid=jnp.asarray(valid), branches=branches)
+    expected = attention(queries, keys, values, jnp.asarray(mask))
+    np.testing.assert_allclose(found[valid], expected[valid], rtol=1e-5, atol=1e-6)
+    positions = positions_of(jnp.asarray(valid), None, branches)
+    np.testing.assert_array_equal(positions[valid], mask.sum(axis=-1)[valid] - 1)

@@ -266,14 +266,12 @@ def test_rows_of_one_response_by_hand():
     rows = join_rows(*ONE_QUESTION, per_row=1)
     np.testing.assert_array_equal(rows.tokens, [[[0, 1, 4, 5], [0, 1, 6, 0]], [[2, 3, 4, 5], [2, 3, 6, 0]]])
     np.testing.assert_array_equal(rows.valid, [[[0, 1, 1, 1], [0, 1, 1, 0]], [[1, 1, 1, 1], [1, 1, 1, 0]]])
-    np.testing.assert_array_equal(rows.segments, [[[0, 0, 1, 1]] * 2] * 2)
 
 
 def test_rows_of_two_responses_by_hand():
     rows = join_rows(*ONE_QUESTION, per_row=2)
     np.testing.assert_array_equal(rows.tokens, [[[0, 1, 4, 5, 6, 0]], [[2, 3, 4, 5, 6, 0]]])
     np.testing.assert_array_equal(rows.valid, [[[0, 1, 1, 1, 1, 0]], [[1, 1, 1, 1, 1, 0]]])
-    np.testing.assert_array_equal(rows.segments, [[[0, 0, 1, 1, 2, 2]]] * 2)
 
 
 def test_sharing_a_prompt_changes_no_score(model, monkeypatch):
@@ -289,19 +287,13 @@ def test_sharing_a_prompt_changes_no_score(model, monkeypatch):
             np.testing.assert_allclose(real_tokens(shared)[name], values, **TOLERANCE)
 
 
-def test_prompts_are_shared_where_it_pays():
-    short, long = {"width": 32, "length": 12}, {"width": 128, "length": 4096}
-    assert responses_per_row(**short, questions=1, group=8, shards=1) == 8  # long prompt, short responses
-    assert responses_per_row(**long, questions=1, group=8, shards=1) == 1  # attention would dominate
-    assert responses_per_row(**short, questions=1, group=1, shards=1) == 1
-
-
 def test_prompts_are_shared_as_far_as_devices_have_rows():
-    short = {"width": 32, "length": 12, "group": 8}
-    assert responses_per_row(**short, questions=1, shards=4) == 2
-    assert responses_per_row(**short, questions=2, shards=4) == 4
-    assert responses_per_row(**short, questions=3, shards=4) == 2
-    assert responses_per_row(**short, questions=1, shards=16) == 1
+    assert responses_per_row(questions=1, group=8, shards=1) == 8
+    assert responses_per_row(questions=1, group=1, shards=1) == 1
+    assert responses_per_row(questions=1, group=8, shards=4) == 2
+    assert responses_per_row(questions=2, group=8, shards=4) == 4
+    assert responses_per_row(questions=3, group=8, shards=4) == 2
+    assert responses_per_row(questions=1, group=8, shards=16) == 1
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])

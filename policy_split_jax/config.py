@@ -189,6 +189,8 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.999
     gradient_clip: float = 1.0
+    first_moment: Literal["float32", "bfloat16"] = "float32"
+    """Its type; bfloat16 saves 2 of the 12 bytes that a parameter has in memory and checkpoints."""
 
     def __post_init__(self) -> None:
         _at_least(0, self, "learning_rate", "warmup_steps", "weight_decay", "final_fraction")

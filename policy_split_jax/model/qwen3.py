@@ -310,7 +310,7 @@ def forward(
         x, kept = layer(x, rotary, attend)
         return _by_token(x, mesh), kept
 
-    # A CPU spends a sixth of an update on stacking what the layers keep.
+    # A CPU spends up to a fifth of an update on stacking what the layers keep.
     unrolled = platform(mesh) == "cpu"
     x, _ = jax.lax.scan(block, _embed(params, tokens, dtype, mesh), params["layers"], unroll=unrolled)
     return _final_norm(params, x, config)

@@ -24,5 +24,11 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Gradient clipping by global norm, then AdamW."""
     return optax.chain(
         optax.clip_by_global_norm(config.gradient_clip),
-        optax.adamw(make_schedule(config), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
+        optax.adamw(
+            make_schedule(config),
+            b1=config.b1,
+            b2=config.b2,
+            weight_decay=config.weight_decay,
+            mu_dtype=config.first_moment,
+        ),
     )

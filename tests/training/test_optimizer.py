@@ -101,3 +101,22 @@ def test_weights_decay_without_a_gradient():
     optimizer, params = make_optimizer(config), jnp.array([2.0, -4.0])
     changes, _ = optimizer.update(jnp.zeros(2), optimizer.init(params), params)
     np.testing.assert_allclose(changes, [-0.1, 0.2], rtol=1e-6)  # −rate · decay · weight
+
+
+def test_a_narrow_first_moment_moves_almost_alike():
+    """bfloat16 keeps 8 bits: each of ten steps is off by at most some 2⁻⁸ of itself."""
+    draw, ends = np.random.default_rng(0), {}
+    gradients = jnp.asarray(draw.normal(size=(10, 64)), jnp.float32)
+    for kind in ("float32", "bfloat16"):
+        optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1, first_moment=kind))
+        params, state = jnp.ones(64), optimizer.init(jnp.ones(64))
+        for gradient in gradients:
+            changes, state = optimizer.update(gradient, state, params)
+            params = optax.apply_updates(params, changes)
+        ends[kind] = params
+        assert optax.tree.get(state, "mu").dtype == kind
+        assert optax.tree.get(state, "nu").dtype == "float32"
+    moved = jnp.abs(ends["float32"] - 1)
+    off = jnp.abs(ends["bfloat16"] - ends["float32"])
+    assert 0 < jnp.max(off) < 10 * 0.1 * 2**-7
+    assert jnp.mean(off) < 0.01 * jnp.mean(moved)

@@ -239,12 +239,12 @@ def _report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 def _plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "plan",
-        help="whether a run fits a TPU slice, and what a step takes there at best",
+        help="whether a run fits a TPU slice or GPUs, and what a step takes there at best",
         description="Compiles every program of a run for hardware that is not there, and adds up memory and time. "
-        "Exits with 1 when it does not fit. Needs the tpu extra, and no TPU.",
+        "Exits with 1 when it does not fit. Needs the tpu or the cuda extra, and neither TPU nor GPU.",
     )
     _config_arguments(parser, "configs/qwen3_1p7b.yaml")
-    parser.add_argument("--topology", metavar="NAME", required=True, help="v5e:4x8, v5p:4x4x4, v6e:8x8, v4:2x2x2, ...")
+    parser.add_argument("--topology", metavar="NAME", required=True, help="v5e:4x8, v5p:4x4x4, v6e:8x8, h100:8, ...")
     parser.add_argument(
         "--mean-response", type=_positive, metavar="N", help="tokens of a mean response (default: half of the longest)"
     )

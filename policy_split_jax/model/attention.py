@@ -138,10 +138,14 @@ def cudnn_attention(
     mask: Bool[Array, "B T T"],
     mesh: Mesh | None,
 ) -> Float[Array, "B T N H"]:
-    """The same by cuDNN's kernel, which keeps no scores: of T² there is only the mask, one for all layers and heads."""
+    """The same by cuDNN's kernel, which keeps no scores: of T² there is only the mask, one for all layers and heads.
+
+    The mask is causal, of which the kernel is told so that it passes over the other half.
+    """
 
     def attend(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
-        return jax.nn.dot_product_attention(queries, keys, values, mask=mask[:, None], implementation="cudnn")
+        given = {"mask": mask[:, None], "is_causal": True, "implementation": "cudnn"}
+        return jax.nn.dot_product_attention(queries, keys, values, **given)
 
     return _on_mesh(attend, mesh, PartitionSpec(BATCH, None, "tp"))(queries, keys, values, mask)
 

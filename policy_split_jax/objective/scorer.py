@@ -113,18 +113,16 @@ def score_rollouts(
     Prompts are padded on the left, responses on the right. With `places` the sequences are packed into rows
     without that padding. Scores of padding are finite and mean nothing.
     """
+    kernel = implementation(config.head_dim, mesh, dtype)
     if places is None:
-        # Kernels of attention know no branches.
-        plain = implementation(config.head_dim, mesh, dtype) == "xla"
         questions, group, _ = responses.shape
-        per_row = responses_per_row(questions, group, batch_shards(mesh)) if plain else 1
+        # Kernels of attention know no branches.
+        per_row = responses_per_row(questions, group, batch_shards(mesh)) if kernel == "xla" else 1
         layout = joined(prompts, prompt_lengths, responses, response_lengths, per_row)
     else:
         layout = packed(prompts, prompt_lengths, responses, response_lengths, places)
     rows = jax.tree.map(lambda values: constrain(values, mesh, None, BATCH), layout.rows)
 
-    # The contexts are an axis of their own: a rollout's states under all of them lie on the same device.
-    @jax.vmap
     def states_before(rows: Rows) -> Float[Array, "B T D"]:
         hidden = qwen3.forward(
             params,
@@ -139,9 +137,12 @@ def score_rollouts(
         )
         return layout.states(hidden)
 
+    # The contexts are an axis of their own: a rollout's states under all of them lie on the same device. cuDNN's kernel
+    # takes no further axis with a mask that all heads share, so there they come one after the other.
+    states = jax.lax.map(states_before, rows) if kernel == "cudnn" else jax.vmap(states_before)(rows)
     scores = score_hidden(
         qwen3.lm_head(params, config),
-        states_before(rows),
+        states,
         layout.targets,
         temperature=temperature,
         chunk=chunk,

@@ -27,6 +27,8 @@ def _of_equation(equation: core.JaxprEqn, trips: int) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         return _product(equation)
+    if name.startswith("dot_product_attention_"):
+        return _cudnn_attention(equation)
     parts = [_of_jaxpr(jaxpr, trips) for jaxpr in _inner(params)]
     if name == "cond":
         return max(parts)
@@ -59,6 +61,13 @@ def _inner(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
                 yield item.jaxpr
             elif isinstance(item, core.Jaxpr):
                 yield item
+
+
+def _cudnn_attention(equation: core.JaxprEqn) -> int:
+    """Two products of the forward pass, five of the backward pass, each of what is below the diagonal."""
+    queries: Any = equation.invars[0].aval
+    *batch, length, heads, size = queries.shape
+    return (5 if "bwd" in equation.primitive.name else 2) * math.prod(batch) * heads * length**2 * size
 
 
 def _product(equation: core.JaxprEqn) -> int:

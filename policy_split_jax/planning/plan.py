@@ -15,7 +15,7 @@ from policy_split_jax.config import EMBEDDED, RunConfig
 from policy_split_jax.errors import UserError
 from policy_split_jax.model import qwen3
 from policy_split_jax.model.huggingface import load_config
-from policy_split_jax.planning.chips import CHIPS, Chip
+from policy_split_jax.planning.chips import CHIPS, GPU_TARGETS, Chip
 from policy_split_jax.planning.flops import count_flops
 from policy_split_jax.planning.hlo import traffic
 from policy_split_jax.planning.programs import Program, Workload, programs
@@ -145,14 +145,22 @@ def model_config(path: str) -> qwen3.Qwen3Config:
 
 
 def _devices(topology: str) -> list[Any]:
-    """Stand-ins for the devices of a TPU slice; nothing can run on them."""
+    """Stand-ins for the devices of a TPU slice or of GPU machines; nothing can run on them."""
+    kind, _, sizes = topology.partition(":")
+    on_gpus = kind in GPU_TARGETS
     try:
+        if on_gpus:
+            machines, _, each = sizes.rpartition("x")
+            target = {"target_config": GPU_TARGETS[kind], "topology": f"1x{int(machines or 1)}x{int(each)}"}
+            return list(topologies.get_topology_desc(platform="cuda", **target).devices)
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    except Exception as error:  # whatever libtpu or its absence raises
+    except Exception as error:  # whatever a compiler or its absence raises
         reason = " ".join(str(error).split())[:160]
+        needs = "cuda] and a number of GPUs, such as h100:8 or h100:4x8, four machines of eight"
+        if not on_gpus:
+            needs = "tpu] and the name of a slice, such as v5e:4x8, v5p:4x4x4 or v6e:8x8"
         raise UserError(
-            f"--topology {topology}: cannot be compiled for ({reason}); it needs policy-split-jax[tpu] and the name "
-            "of a slice, such as v5e:4x8, v5p:4x4x4 or v6e:8x8"
+            f"--topology {topology}: cannot be compiled for ({reason}); it needs policy-split-jax[{needs}"
         ) from None
 
 

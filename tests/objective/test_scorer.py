@@ -287,6 +287,17 @@ def test_sharing_a_prompt_changes_no_score(model, monkeypatch):
             np.testing.assert_allclose(real_tokens(shared)[name], values, **TOLERANCE)
 
 
+def test_contexts_one_after_the_other_change_no_score(model, monkeypatch):
+    """As with cuDNN's attention."""
+    config, params = model
+    arrays = [jnp.asarray(array) for array in batch()]
+    together = score_rollouts(params, *arrays, config=config, with_kl=True)
+    monkeypatch.setattr(scorer, "implementation", lambda *unused: "cudnn")
+    apart = score_rollouts(params, *arrays, config=config, with_kl=True)
+    for name, values in real_tokens(together).items():
+        np.testing.assert_allclose(real_tokens(apart)[name], values, **TOLERANCE)
+
+
 def test_prompts_are_shared_as_far_as_devices_have_rows():
     assert responses_per_row(questions=1, group=8, shards=1) == 8
     assert responses_per_row(questions=1, group=1, shards=1) == 1

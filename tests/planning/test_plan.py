@@ -1,4 +1,4 @@
-"""Plans with this machine's own device in place of a TPU, and where a TPU's compiler is installed, with that."""
+"""Plans with this machine's own device in place of a TPU, and with the compilers of TPUs and GPUs where installed."""
 
 import importlib.util
 import json
@@ -122,7 +122,12 @@ def test_a_program_that_the_compiler_refuses_does_not_fit(here, monkeypatch, cap
 
 
 @pytest.mark.parametrize(
-    ("topology", "words"), [("v9:2x2", "no figures of 'v9'"), ("v5e:nonsense", "cannot be compiled for")]
+    ("topology", "words"),
+    [
+        ("v9:2x2", "no figures of 'v9'"),
+        ("v5e:nonsense", "cannot be compiled for"),
+        ("h100:many", "needs policy-split-jax[cuda] and a number of GPUs"),
+    ],
 )
 def test_a_topology_that_is_none_is_refused(topology, words, capsys):
     assert cli.main(["plan", TINY, "--topology", topology]) == 2
@@ -154,3 +159,22 @@ def test_a_tpus_compiler_makes_a_plan(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["mesh"] == {"data": 1, "fsdp": 8, "tp": 1}
     assert found["programs"][-1]["collectives"]["all-gather"] > 0
+
+
+@pytest.mark.skipif(
+    not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)),
+    reason="needs policy-split-jax[cuda]",
+)
+@pytest.mark.parametrize(("topology", "rows"), [("h100:2", 8), ("h100:2x2", 8)])
+def test_a_gpus_compiler_makes_a_plan(topology, rows, capsys):
+    """On one machine and on two; cuDNN's attention in packed rows."""
+    settings = ["model.dtype=bfloat16", "train.microbatch_questions=0", f"train.microbatch_rows={rows}"]
+    assert cli.main(["plan", TINY, "--topology", topology, "--json", *settings]) == 0
+    found = json.loads(capsys.readouterr().out)
+    devices = 2 if topology == "h100:2" else 4
+    assert found["mesh"] == {"data": 1, "fsdp": devices, "tp": 1}
+    update = found["programs"][-1]
+    assert update["collectives"]["all-gather"] > 0
+    # The weights' products alone: 6 operations a parameter and token, without what cuDNN does.
+    trips = -(-512 * (5 + 32) // int(0.9 * rows * 42))
+    assert update["flops"] * devices > 6 * found["model_parameters"] * 2 * rows * 42 * trips

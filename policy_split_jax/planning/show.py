@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from policy_split_jax.config import RunConfig
-from policy_split_jax.planning.chips import GIB
+from policy_split_jax.planning.chips import GIB, GPU_TARGETS
 from policy_split_jax.planning.plan import Plan, ProgramPlan
 from policy_split_jax.planning.programs import PACKED
 
@@ -96,6 +96,11 @@ def assumptions(plan: Plan, config: RunConfig) -> list[str]:
         f"prompts of {plan.mean_prompt:.0f} tokens on average (--mean-response).",
         "Slots are full until no rollout waits; the last ones run to the limit. Grading takes no time.",
     ]
+    if plan.topology.partition(":")[0] in GPU_TARGETS:
+        said.append(
+            "Without a GPU, cuBLAS and cuDNN do not say what memory they take while they work; links between machines "
+            "are slower than those within one."
+        )
     if config.train.microbatch_rows:
         said.append(f"Packed rows hold {PACKED:.0%} tokens.")
     return said

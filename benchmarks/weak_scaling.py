@@ -7,8 +7,7 @@ Each device has a row of 4,096 tokens in both modes. Needs `pip install -e .[tpu
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 from functools import partial
 from typing import Any

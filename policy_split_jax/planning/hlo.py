@@ -22,6 +22,8 @@ _PAIRS = {"copy-start", "all-gather-start", "collective-permute-start"}
 _ARRAY = re.compile(r"\b([a-z]+[0-9a-z]*)\[([0-9,]*)\](\{[^}]*\})?")
 # A kernel's attributes may go on over further lines.
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%[\w.\-]+ = ")
+_ASYNC = ("async-collective-start", "async-collective-done")
+_ALIASES = re.compile(r"\{(\d+)\}: \((\d+),")
 _NAME = re.compile(r"%([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"(\d+)"')
 _CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%([\w.\-]+)")
@@ -134,12 +136,31 @@ def _walk(computations: Mapping[str, Computation], name: str, times: int, while_
         kind = item.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             found.collectives[kind] += times * _sent(kind, item, computation)
+        if item.opcode == "fusion":
+            for kind, size in _fused(item, computations):
+                found.collectives[kind] += times * size
         if item.opcode in ("while", "call", "conditional", "async-start"):
             trips = _trips(computations, item, while_trips) if item.opcode == "while" else 1
             for called in item.called():
                 _walk(computations, called, times * trips, while_trips, found)
         elif item.opcode not in _FREE and not item.opcode.endswith("-done"):
             found.memory += times * _moved(item, computation, computations)
+
+
+def _fused(item: Instruction, computations: Mapping[str, Computation]) -> Iterator[tuple[str, int]]:
+    """Kind and bytes of what a TPU's fusion sends.
+
+    A collective that goes on beside other work appears in the fusion that starts it, in each that it goes on beside,
+    and in the one that ends it: the first counts. A sum of which every device takes its part is a fusion too.
+    """
+    name = item.called()[0]
+    inside = computations[name]
+    scattered = name.startswith("all-reduce-scatter")
+    if scattered or item.name.startswith("async-collective-start"):
+        for part in inside.instructions:
+            if part.opcode in COLLECTIVES:
+                kind = "reduce-scatter" if scattered else part.opcode
+                yield kind, _sent(kind, part, inside)
 
 
 def _trips(computations: Mapping[str, Computation], item: Instruction, while_trips: int) -> int:
@@ -175,6 +196,15 @@ def _moved(item: Instruction, computation: Computation, computations: Mapping[st
     if item.opcode != "fusion":
         return _in_memory(item.shape) + sum(map(_in_memory, operands))
     inside = computations[item.called()[0]]
+    if item.name.startswith(_ASYNC):
+        return 0
+    if item.called()[0].startswith("async_collective_fusion"):
+        # What stays where it is belongs to a collective that goes on meanwhile.
+        passed = _ALIASES.findall(item.rest.partition("output_to_operand_aliasing=")[2].partition("calls=")[0])
+        outputs, given = ({int(pair[side]) for pair in passed} for side in (0, 1))
+        read = sum(_read(inside, number, shape) for number, shape in enumerate(operands) if number not in given)
+        sizes = [size * in_memory for size, in_memory in arrays(item.shape)]
+        return read + sum(size for at, size in enumerate(sizes) if at not in outputs)
     read = sum(_read(inside, number, shape) for number, shape in enumerate(operands))
     return read + _written(inside, item.shape)
 

@@ -127,6 +127,51 @@ def test_bytes_of_a_module_by_hand():
     assert found.memory == 2 * table + 5 * (row + part + index + row + index + row)
 
 
+# As a TPU's compiler writes collectives that go on beside a product, and a sum of which each device takes a part.
+FUSED = """HloModule jit_g, is_scheduled=true
+
+%begin (s0: bf16[8,64]) -> (bf16[8,64], bf16[32,64], u32[]) {
+  %s0 = bf16[8,64]{1,0} parameter(0)
+  %gathered = bf16[32,64]{1,0} all-gather(%s0), channel_id=1, dimensions={0}
+  ROOT %began = (bf16[8,64]{1,0}, bf16[32,64]{1,0}, u32[]) tuple(%s0, %gathered)
+}
+
+%async_collective_fusion.1 (t0: bf16[8,64], t1: bf16[32,64], t2: f32[16,16]) -> (f32[16,16], bf16[8,64], bf16[32,64]) {
+  %t0 = bf16[8,64]{1,0} parameter(0)
+  %t1 = bf16[32,64]{1,0} parameter(1)
+  %t2 = f32[16,16]{1,0} parameter(2)
+  %again = bf16[32,64]{1,0} all-gather(%t0), channel_id=1, dimensions={0}
+  %product = f32[16,16]{1,0} convolution(%t2, %t2), dim_labels=bf_io->bf
+  ROOT %both = (f32[16,16]{1,0}, bf16[8,64]{1,0}, bf16[32,64]{1,0}) tuple(%product, %t0, %again)
+}
+
+%all-reduce-scatter.2 (v0: f32[64,16]) -> f32[16,16] {
+  %v0 = f32[64,16]{1,0} parameter(0)
+  %sum = f32[64,16]{1,0} all-reduce(%v0), channel_id=2, to_apply=%add
+  ROOT %own = f32[16,16]{1,0} dynamic-slice(%sum), dynamic_slice_sizes={16,16}
+}
+
+ENTRY %main (a: bf16[8,64], b: f32[16,16], c: f32[64,16]) -> f32[16,16] {
+  %a = bf16[8,64]{1,0} parameter(0)
+  %b = f32[16,16]{1,0} parameter(1)
+  %c = f32[64,16]{1,0} parameter(2)
+  %async-collective-start.3 = (bf16[8,64]{1,0}, bf16[32,64]{1,0}, u32[]) fusion(%a), kind=kCustom, calls=%begin
+  %own = bf16[8,64]{1,0} get-tuple-element(%async-collective-start.3), index=0
+  %all = bf16[32,64]{1,0} get-tuple-element(%async-collective-start.3), index=1
+  %fusion.4 = (f32[16,16]{1,0}, bf16[8,64]{1,0}, bf16[32,64]{1,0}) fusion(%own, %all, %b), kind=kOutput, \
+output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {})}, calls=%async_collective_fusion.1
+  ROOT %fusion.5 = f32[16,16]{1,0} fusion(%c), kind=kCustom, calls=%all-reduce-scatter.2
+}
+""".replace("\\\n", "")
+
+
+def test_collectives_within_fusions_count_once():
+    found = traffic(FUSED)
+    assert found.collectives == {"all-gather": 32 * 64 * 2, "reduce-scatter": 64 * 16 * 4}
+    # The product reads and writes its squares; the sum reads its rows and writes the part.
+    assert found.memory == 2 * 16 * 16 * 4 + (64 + 16) * 16 * 4
+
+
 def test_what_only_starts_is_counted_once():
     """A copy to nearer memory, and a quarter of a weight brought there, as a TPU's compiler writes them."""
     module = """HloModule jit_f

@@ -18,7 +18,7 @@ from common import in_turn
 
 from policy_split_jax.objective.scorer import score_hidden
 
-MODES, ROWS, LENGTH, WIDTH, VOCABULARY = 2, 2, 256, 256, 151_936
+MODES, ROWS, LENGTH, WIDTH, VOCABULARY = 2, 1, 128, 256, 151_936
 
 
 def everything(head: jax.Array, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    scores = {f"chunks of {size}": partial(score_hidden, chunk=size, with_kl=True) for size in (16, 64, 256)}
+    scores = {f"chunks of {size}": partial(score_hidden, chunk=size, with_kl=True) for size in (16, 64)}
     programs = {name: compiled(score) for name, score in {"everything": everything, **scores}.items()}
     seconds = {name: median(times) for name, times in in_turn(rounds, {n: p[0] for n, p in programs.items()}).items()}
     whole, first = programs["everything"][1], seconds["everything"]

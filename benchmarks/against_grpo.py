@@ -6,15 +6,20 @@ The rollouts are the same programs; GRPO trains one mode on them. Needs `pip ins
 """
 
 import argparse
-import os
 from dataclasses import replace
-from unittest import mock
-
-os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 from policy_split_jax.config import RunConfig, load
-from policy_split_jax.planning import programs
-from policy_split_jax.planning.plan import make_plan
+from policy_split_jax.planning.plan import (
+    chip_of,
+    devices_of,
+    ignore_devices,
+    make_plan,
+    model_config,
+    plan_program,
+    workload,
+)
+from policy_split_jax.planning.programs import abstract_state, update_program
+from policy_split_jax.training.loop import run_mesh, update_config
 
 
 def main() -> None:
@@ -23,15 +28,14 @@ def main() -> None:
     parser.add_argument("topology")
     parser.add_argument("--mean-response", type=int, default=6000)
     options = parser.parse_args()
+    ignore_devices()
     config = load(RunConfig, options.config)
+    model, work = model_config(config.model.path), workload(config, options.mean_response)
+    mesh = run_mesh(config, model, devices_of(options.topology))
     split = make_plan(config, options.topology, options.mean_response).step_seconds
-    settings, whole = programs.update_config, programs.programs
-    with (
-        mock.patch.object(programs, "update_config", lambda config: replace(settings(config), objective="grpo")),
-        # The rollouts are planned already.
-        mock.patch("policy_split_jax.planning.plan.programs", lambda *given: whole(*given)[:1] + whole(*given)[4:]),
-    ):
-        update = make_plan(config, options.topology, options.mean_response).step_seconds["update"]
+    settings = replace(update_config(config), objective="grpo")
+    program = update_program(config, settings, model, mesh, abstract_state(config, model, mesh), work)
+    update = plan_program(program, chip_of(options.topology), mesh).seconds
     print(f"| {config.name} on {options.topology}, s at best | rollout | update | step |\n|---|---|---|---|")
     for name, seconds in (("GRPO", update), ("Policy Split", split["update"])):
         print(f"| {name} | {split['rollout']:.0f} | {seconds:.1f} | {split['rollout'] + seconds:.0f} |")

@@ -11,6 +11,8 @@ import policy_split_jax
 from policy_split_jax.errors import UserError
 
 _MODES = ("normal", "high-entropy", "both")
+# A file system on a network may be back at the next try, which the launchers make after any code but 2.
+_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,10 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename else ""
         print(f"policy-split: error: {place}{error.strerror or error}", file=sys.stderr)
         return 1 if error.errno in _PASSING else 2
-
-
-# A file system on a network may be back at the next try, which the launchers make after any code but 2.
-_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN}
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

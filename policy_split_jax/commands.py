@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import socket
 import sys
 from collections.abc import Iterable, Iterator
@@ -242,22 +241,10 @@ def plan(options: argparse.Namespace) -> int:
     """`policy-split plan CONFIG --topology NAME`; 1 where the run does not fit."""
     from rich.console import Console
 
-    # Whatever this machine has stays unused; libtpu should neither look for the pod that it is not in nor mind another
-    # plan, and XLA not try out kernels on a GPU.
-    os.environ.update(
-        {
-            "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-            "XLA_FLAGS": "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false",
-        }
-    )
-    jax.config.update("jax_platforms", "cpu")
-    from policy_split_jax.planning.plan import make_plan
+    from policy_split_jax.planning.plan import ignore_devices, make_plan
     from policy_split_jax.planning.show import show, to_json
 
+    ignore_devices()
     config = settings.load(RunConfig, options.config, options.overrides)
     progress = Console(stderr=True)
     with progress.status("compiling") as status:

@@ -266,7 +266,7 @@ def _embed(params: Params, tokens: Int[Array, "B T"], dtype: DTypeLike, mesh: Me
 
 
 def _embed_sampled(weights: "SamplingWeights", tokens: Int[Array, "B T"], mesh: Mesh | None) -> Float[Array, "B T D"]:
-    """The weights of sampling are whole."""
+    """The rows of a sampling table are whole."""
     return _by_sequence(weights.ends["embed"]["embedding"][tokens], mesh)
 
 

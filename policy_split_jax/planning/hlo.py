@@ -6,7 +6,7 @@ Loops are counted as often as they run. XLA's own `cost_analysis` counts their b
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -195,6 +195,11 @@ def _moved(item: Instruction, computation: Computation, computations: Mapping[st
         return 2 * _in_memory(operands[1])
     if item.opcode != "fusion":
         return _in_memory(item.shape) + sum(map(_in_memory, operands))
+    return _fusion_moved(item, operands, computations)
+
+
+def _fusion_moved(item: Instruction, operands: Sequence[str], computations: Mapping[str, Computation]) -> int:
+    """The same of a fusion, given its operands' shapes."""
     inside = computations[item.called()[0]]
     if item.name.startswith(_ASYNC):
         return 0

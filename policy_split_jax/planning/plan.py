@@ -15,6 +15,7 @@ from policy_split_jax.config import EMBEDDED, RunConfig
 from policy_split_jax.errors import UserError
 from policy_split_jax.model import qwen3
 from policy_split_jax.model.huggingface import load_config
+from policy_split_jax.model.sharding import platform
 from policy_split_jax.planning.chips import CHIPS, GPU_TARGETS, Chip
 from policy_split_jax.planning.flops import count_flops
 from policy_split_jax.planning.hlo import traffic
@@ -93,6 +94,25 @@ class Plan:
         return phases
 
 
+def ignore_devices() -> None:
+    """Before JAX looks for devices: whatever this machine has stays unused.
+
+    libtpu should neither look for the pod that it is not in nor mind another plan, and XLA should not try out kernels
+    on a GPU.
+    """
+    os.environ.update(
+        {
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+            "XLA_FLAGS": "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false",
+        }
+    )
+    jax.config.update("jax_platforms", "cpu")
+
+
 def make_plan(
     config: RunConfig,
     topology: str,
@@ -106,16 +126,14 @@ def make_plan(
     """
     chip = chip_of(topology)
     model = model_config(config.model.path)
-    mesh = run_mesh(config, model, _devices(topology))
-    mean = float(mean_response or config.rollout.max_new_tokens / 2)
-    rollouts = config.rollout.questions_per_step * 2 * config.rollout.rollouts_per_mode
-    work = Workload(rollouts, mean, float(min(_MEAN_PROMPT, config.rollout.max_prompt_tokens)))
+    mesh = run_mesh(config, model, devices_of(topology))
+    work = workload(config, mean_response)
     report("cast weights")
     planned = []
     chosen = programs(config, model, mesh, work)
     for program in chosen:
         report(program.name)
-        planned.append(_compile(program, chip, mesh))
+        planned.append(plan_program(program, chip, mesh))
     by_function = {program.run: program for program in chosen}
     cast, generate = by_function[qwen3.sampling_weights], by_function[engine.generate]
     state = {
@@ -125,7 +143,14 @@ def make_plan(
         "cache": _bytes(generate.arguments[1].cache),
     }
     size = sum(leaf.size for leaf in jax.tree.leaves(qwen3.abstract_params(model)))
-    return Plan(topology, chip, dict(mesh.shape), size, planned, state, mean, work.mean_prompt)
+    return Plan(topology, chip, dict(mesh.shape), size, planned, state, work.mean_response, work.mean_prompt)
+
+
+def workload(config: RunConfig, mean_response: int | None = None) -> Workload:
+    """A training step of the run; responses are half of the longest on average unless said."""
+    mean = float(mean_response or config.rollout.max_new_tokens / 2)
+    rollouts = config.rollout.questions_per_step * 2 * config.rollout.rollouts_per_mode
+    return Workload(rollouts, mean, float(min(_MEAN_PROMPT, config.rollout.max_prompt_tokens)))
 
 
 def chip_of(topology: str) -> Chip:
@@ -144,7 +169,7 @@ def model_config(path: str) -> qwen3.Qwen3Config:
     return load_config(model_folder(path))
 
 
-def _devices(topology: str) -> list[Any]:
+def devices_of(topology: str) -> list[Any]:
     """Stand-ins for the devices of a TPU slice or of GPU machines; nothing can run on them."""
     kind, _, sizes = topology.partition(":")
     on_gpus = kind in GPU_TARGETS
@@ -164,7 +189,8 @@ def _devices(topology: str) -> list[Any]:
         ) from None
 
 
-def _compile(program: Program, chip: Chip, mesh: Mesh) -> ProgramPlan:
+def plan_program(program: Program, chip: Chip, mesh: Mesh) -> ProgramPlan:
+    """Compiles one program, or learns from the compiler that it is too large."""
     traced = program.run.trace(*program.arguments, **program.keywords)
     flops = count_flops(traced.jaxpr.jaxpr, program.trips)
     besides = _bytes(program.besides)
@@ -176,7 +202,7 @@ def _compile(program: Program, chip: Chip, mesh: Mesh) -> ProgramPlan:
     moved = traffic(compiled.as_text(), program.trips)
     arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
     temporaries = memory.temp_size_in_bytes
-    if mesh.devices.flat[0].platform == "tpu":
+    if platform(mesh) == "tpu":
         # There that figure adds up buffers that are never in memory at the same time.
         temporaries = memory.peak_memory_in_bytes - arguments - results
     bounds = {

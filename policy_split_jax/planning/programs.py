@@ -21,7 +21,7 @@ from policy_split_jax.training.batch import Batch, Packing
 from policy_split_jax.training.loop import update_config
 from policy_split_jax.training.optimizer import make_optimizer
 from policy_split_jax.training.state import init_state, state_shardings
-from policy_split_jax.training.update import make_update
+from policy_split_jax.training.update import UpdateConfig, make_update
 
 PACKED = 0.9
 """The share of packed rows that holds tokens, where lengths vary (docs/scaling.md)."""
@@ -58,11 +58,16 @@ class Workload:
 
 def programs(config: RunConfig, model: qwen3.Qwen3Config, mesh: Mesh, work: Workload) -> list[Program]:
     """All programs of a run, for the longest prompts and responses."""
+    state = abstract_state(config, model, mesh)
+    return [*_rollout(config, model, mesh, state, work), _score(config, model, mesh, state.params),
+            update_program(config, update_config(config), model, mesh, state, work)]  # fmt: skip
+
+
+def abstract_state(config: RunConfig, model: qwen3.Qwen3Config, mesh: Mesh) -> Any:
+    """The training state's shapes, and where they lie."""
     optimizer = make_optimizer(config.optimizer)
     shapes = jax.eval_shape(partial(init_state, optimizer=optimizer, seed=0, eta=0.1), qwen3.abstract_params(model))
-    state = placed(shapes, state_shardings(model, optimizer, mesh))
-    return [*_rollout(config, model, mesh, state, work), _score(config, model, mesh, state.params),
-            _update(config, model, mesh, state, work)]  # fmt: skip
+    return placed(shapes, state_shardings(model, optimizer, mesh))
 
 
 def _rollout(config: RunConfig, model: qwen3.Qwen3Config, mesh: Mesh, state: Any, work: Workload) -> list[Program]:
@@ -115,11 +120,14 @@ def _score(config: RunConfig, model: qwen3.Qwen3Config, mesh: Mesh, params: Any)
     return Program("score", "score", scorer.run, (params, _batch(config, mesh, questions, group)))
 
 
-def _update(config: RunConfig, model: qwen3.Qwen3Config, mesh: Mesh, state: Any, work: Workload) -> Program:
+def update_program(
+    config: RunConfig, settings: UpdateConfig, model: qwen3.Qwen3Config, mesh: Mesh, state: Any, work: Workload
+) -> Program:
+    """The update of a run's batch, packed where the run packs."""
     rollout, train = config.rollout, config.train
     group = 2 * rollout.rollouts_per_mode
     batch = _batch(config, mesh, rollout.questions_per_step, group)
-    update = make_update(model, update_config(config), make_optimizer(config.optimizer), mesh)
+    update = make_update(model, settings, make_optimizer(config.optimizer), mesh)
     if not train.microbatch_rows:
         return Program("update", "update", update, (state, batch), calls=1.0)
     updates = train.updates_per_step

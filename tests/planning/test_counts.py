@@ -1,12 +1,14 @@
 # ruff: noqa: E501 (HLO has long lines)
 """FLOPs and bytes against counts by hand."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import ShapeDtypeStruct
 
-from policy_split_jax.model.attention import splash_attention
+from policy_split_jax.model.attention import cudnn_attention, splash_attention
 from policy_split_jax.planning.flops import count_flops
 from policy_split_jax.planning.hlo import arrays, parse, traffic
 
@@ -60,6 +62,21 @@ def test_splash_attention_counts_what_is_below_the_diagonal():
     whole = 2 * 2 * 2 * 4 * length**2 * 128
     # Blocks of 512: 10 of 16 have something below the diagonal.
     assert flops(attend, heads, heads, heads, kinds) == pytest.approx(whole * 10 / 16)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nvidia") is None, reason="needs policy-split-jax[cuda]")
+def test_cudnn_attention_counts_what_is_below_the_diagonal():
+    length, heads, size = 256, 4, 64
+    queries = ShapeDtypeStruct((2, length, heads, size), jnp.bfloat16)
+    keys = ShapeDtypeStruct((2, length, 2, size), jnp.bfloat16)
+    mask = ShapeDtypeStruct((2, length, length), jnp.bool_)
+
+    def summed(queries, keys, mask):
+        return jnp.sum(cudnn_attention(queries, keys, keys, mask=mask, mesh=None).astype(jnp.float32))
+
+    product = 2 * 2 * heads * length**2 * size // 2
+    assert flops(summed, queries, keys, mask) == 2 * product
+    assert flops(jax.grad(summed), queries, keys, mask) == 7 * product
 
 
 # A module as a TPU's compiler writes them: a loop of five, in which a slice of stacked weights is gathered; a fusion

@@ -22,7 +22,7 @@ SMALL = ["rollout.questions_per_step=4", "rollout.slots=8", "eval.k=2"]
 @pytest.fixture
 def here(monkeypatch):
     """The devices of this machine, as a chip of round figures."""
-    monkeypatch.setattr(planning, "_devices", lambda topology: jax.devices()[:1])
+    monkeypatch.setattr(planning, "devices_of", lambda topology: jax.devices()[:1])
     monkeypatch.setitem(CHIPS, "toy", Chip("toy", 1e12, GIB, 1e11, 1e10, "nowhere"))
 
 
@@ -115,7 +115,7 @@ def test_a_program_that_the_compiler_refuses_does_not_fit(here, monkeypatch, cap
     traced = type("Traced", (), {"jaxpr": type("Closed", (), {"jaxpr": None}), "lower": lambda self: Refused()})
     run = type("Run", (), {"trace": lambda self: traced()})
     mesh = Mesh(np.asarray(jax.devices()[:1] * 4), ("data",))
-    found = planning._compile(planning.Program("update", "update", run(), ()), CHIPS["toy"], mesh)
+    found = planning.plan_program(planning.Program("update", "update", run(), ()), CHIPS["toy"], mesh)
     assert found.temporaries == int(18.99 * GIB)
     assert found.total > CHIPS["toy"].memory
     assert found.flops == 2

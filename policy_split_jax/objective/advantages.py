@@ -41,6 +41,8 @@ class AdvantageConfig:
     """Clamp B and then scale by eta (paper), or clamp eta·B (released code)."""
     bonus_repeats: int = 1
     """How often the bonus is added; 2 in the released code."""
+    surprise: Literal["neg_logprob", "entropy"] = "neg_logprob"
+    """What the bonus is made of: −log p of the sampled token, or the entropy of the whole distribution."""
 
     def __post_init__(self) -> None:
         checks = {
@@ -53,6 +55,7 @@ class AdvantageConfig:
             "low_quantile must lie in [0, 1)": 0 <= self.low_quantile < 1,
             "clamp must be bonus or scaled_bonus": self.clamp in ("bonus", "scaled_bonus"),
             "bonus_repeats must be at least 1": self.bonus_repeats >= 1,
+            "surprise must be neg_logprob or entropy": self.surprise in ("neg_logprob", "entropy"),
         }
         for message, holds in checks.items():
             if not holds:
@@ -134,7 +137,7 @@ def _keep(
 def dual_mode_advantages(
     logprobs: Float[Array, "2 P G T"],
     rewards: Float[Array, "P G"],
-    mask: Bool[Array, "P G T"],
+    mask: Bool[Array, "*#modes P G T"],
     config: AdvantageConfig,
     valid: Bool[Array, "P G"] | None = None,
 ) -> Float[Array, "2 P G T"]:
@@ -144,9 +147,10 @@ def dual_mode_advantages(
     1 high-entropy.
 
     Args:
-        logprobs: log-probabilities of every rollout under both modes at the time of sampling (nats).
+        logprobs: log-probabilities of every rollout under both modes at the time of sampling (nats), or with
+            `surprise` "entropy" the negative entropies.
         rewards: what the grader gave; the two modes see the same rewards.
-        mask: true at sampled tokens, the stop token included.
+        mask: true at sampled tokens, the stop token included; of each mode where the modes differ.
         config: settings.
         valid: rollouts that were graded; the others count nowhere and get 0. All, when None.
 
@@ -154,15 +158,15 @@ def dual_mode_advantages(
         Advantages, 0 at masked positions; they carry no gradient.
     """
     valid = jnp.ones(rewards.shape, bool) if valid is None else valid
-    mask = mask & valid[:, :, None]
-    logprobs = masked.where(mask[None], lax.stop_gradient(logprobs))
+    mask = jnp.broadcast_to(mask & valid[:, :, None], logprobs.shape)
+    logprobs = masked.where(mask, lax.stop_gradient(logprobs))
     correctness = correctness_advantages(rewards, valid, config.norm_by_std)[:, :, None]
 
     def advantages(own: int, other: int, eta: float | Float[Array, ""]) -> Float[Array, "P G T"]:
         bonus = raw_bonus(logprobs[own], logprobs[other], config.alpha)
-        keep = _keep(bonus, rewards, valid, mask, config)
-        extra = _clamped(normalized_bonus(bonus, mask, config.normalize), correctness, eta, config)
-        return masked.where(mask, correctness + config.bonus_repeats * masked.where(keep, extra))
+        keep = _keep(bonus, rewards, valid, mask[own], config)
+        extra = _clamped(normalized_bonus(bonus, mask[own], config.normalize), correctness, eta, config)
+        return masked.where(mask[own], correctness + config.bonus_repeats * masked.where(keep, extra))
 
     return jnp.stack(
         [

@@ -2,10 +2,22 @@
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from policy_split_jax.modes import HIGH_ENTROPY, NORMAL
 from policy_split_jax.objective.scorer import Places
 from policy_split_jax.training.accumulate import Microbatches
+
+
+class SharedView(NamedTuple):
+    """What a mode trains on of the rollouts that the other mode sampled; arrays begin with P."""
+
+    prompts: Int[Array, "P 2 S"]
+    """By the mode that is trained."""
+    prompt_lengths: Int[Array, "P 2"]
+    responses: Int[Array, "P G T"]
+    response_lengths: Int[Array, "P G"]
 
 
 class Batch(NamedTuple):
@@ -30,6 +42,27 @@ class Batch(NamedTuple):
     """False where the grader failed: such a rollout counts nowhere."""
     sampler_logprobs: Float[Array, "P G T"]
     """What the sampler computed while sampling (nats)."""
+    shared: SharedView | None = None
+    """Only where shared rollouts are not trained on as they were sampled, under the prompts above."""
+
+
+def token_mask(batch: Batch) -> Bool[Array, "P G T"]:
+    """The sampled tokens of graded rollouts."""
+    filled = jnp.arange(batch.responses.shape[-1]) < batch.response_lengths[..., None]
+    return filled & batch.graded[..., None]
+
+
+def training_mask(batch: Batch) -> Bool[Array, "#M P G T"]:
+    """The tokens that each mode trains on; one row where those are the same for all modes."""
+    own = token_mask(batch)
+    if batch.shared is None:
+        return own[None]
+    return jnp.where(own_rollouts(batch), own, token_mask(batch._replace(**batch.shared._asdict())))
+
+
+def own_rollouts(batch: Batch) -> Bool[Array, "2 P G 1"]:
+    """Which rollouts each mode sampled itself."""
+    return (batch.modes == jnp.array([NORMAL, HIGH_ENTROPY])[:, None, None])[..., None]
 
 
 class Packing(NamedTuple):

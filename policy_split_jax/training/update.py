@@ -22,23 +22,27 @@ from policy_split_jax.model import qwen3
 from policy_split_jax.model.sharding import compiler_options, pinned
 from policy_split_jax.modes import HIGH_ENTROPY, MODE_NAMES, NORMAL
 from policy_split_jax.objective.advantages import AdvantageConfig, correctness_advantages, dual_mode_advantages
+from policy_split_jax.objective.baselines import WHOLE_BATCH, BaselineConfig, Objective, Terms, baseline_terms
 from policy_split_jax.objective.eta import EtaConfig, next_eta
 from policy_split_jax.objective.losses import Aggregate, Metrics, token_losses, token_weights
 from policy_split_jax.objective.scorer import Places, TokenScores, score_rollouts
 from policy_split_jax.training.accumulate import Microbatches, accumulate_gradients, equal_parts, split_batch, take
-from policy_split_jax.training.batch import Batch, Packing
+from policy_split_jax.training.batch import Batch, Packing, own_rollouts, token_mask, training_mask
+from policy_split_jax.training.quarters import Sequences, in_quarters
 from policy_split_jax.training.state import TrainState, state_shardings
 
 Update = Callable[..., tuple[TrainState, Metrics]]
+_LARGEST = 2**32 - 1
 
 
 @dataclass(frozen=True)
 class UpdateConfig:
     """What the update needs to know."""
 
-    objective: Literal["policy_split", "grpo"] = "policy_split"
-    """grpo trains the normal mode alone, on rollouts that it sampled (https://arxiv.org/abs/2402.03300)."""
+    objective: Objective = "policy_split"
+    """All others train the normal mode alone, on rollouts that it sampled."""
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
     eta: EtaConfig = field(default_factory=EtaConfig)
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -48,24 +52,37 @@ class UpdateConfig:
     """What the aggregate `constant` divides by: a batch's width changes with its longest response."""
     temperature: float = 1.0
     updates_per_step: int = 1
+    update_order: Literal["questions", "quarters"] = "questions"
+    """What an update of several is made of: whole questions, or sequences in the order of `quarters.py`."""
     microbatch_questions: int = 0
     """0: all questions of an update at once."""
     score_chunk: int = 256
     dtype: str = "float32"
     remat: str = "none"
     two_pass: bool = False
-    """Score first even with one update a step; the fused path gives the same to rounding."""
+    """Score first even where there is no need to; the fused path gives the same to rounding."""
 
     def __post_init__(self) -> None:
         if self.aggregate == "constant" and self.max_new_tokens < 1:
             raise ValueError("UpdateConfig: the aggregate constant needs max_new_tokens")
+
+    @property
+    def contexts(self) -> int:
+        """How many modes are trained."""
+        return 2 if self.objective == "policy_split" else 1
+
+    @property
+    def fused(self) -> bool:
+        """Whether the update's own forward pass is all the scoring that there is."""
+        whole = self.objective in WHOLE_BATCH or self.update_order == "quarters"
+        return self.updates_per_step == 1 and not self.two_pass and not whole
 
 
 class Fixed(NamedTuple):
     """What was computed before the first update of a two-pass step; arrays begin with P."""
 
     old_logprobs: Float[Array, "P M G T"]
-    advantages: Float[Array, "P M G T"]
+    terms: Terms
 
 
 class TokenRecord(NamedTuple):
@@ -94,14 +111,9 @@ def joined(some: Measures, others: Measures) -> Measures:
     )
 
 
-def token_mask(batch: Batch) -> Bool[Array, "P G T"]:
-    """The sampled tokens of graded rollouts."""
-    return (jnp.arange(batch.responses.shape[-1]) < batch.response_lengths[..., None]) & batch.graded[..., None]
-
-
-def _swap(values: Array) -> Array:
-    """[M, P, …] to [P, M, …] and back: microbatches are cut along P."""
-    return jnp.moveaxis(values, 1, 0)
+def _swap(values: Any) -> Any:
+    """[M, P, …] to [P, M, …] and back, of every array: microbatches are cut along P."""
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), values)
 
 
 def make_update(
@@ -118,105 +130,17 @@ def make_update(
     whosever question they are.
     """
     shardings = None if mesh is None else state_shardings(model, optimizer, mesh)
-    contexts = 2 if config.objective == "policy_split" else 1
-
-    def score(params: qwen3.Params, batch: Batch, places: Places | None) -> TokenScores:
-        return score_rollouts(
-            params,
-            batch.prompts[:, :contexts],
-            batch.prompt_lengths[:, :contexts],
-            batch.responses,
-            batch.response_lengths,
-            config=model,
-            places=places,
-            dtype=jnp.dtype(config.dtype),
-            remat=config.remat,
-            temperature=config.temperature,
-            chunk=config.score_chunk,
-            with_kl=contexts == 2,
-            mesh=mesh,
-        )
-
-    def advantages(logprobs: Array, batch: Batch, eta: Array) -> Float[Array, "M P G T"]:
-        mask = token_mask(batch)
-        if config.objective == "grpo":
-            outcome = correctness_advantages(batch.rewards, batch.graded, config.advantage.norm_by_std)
-            return masked.where(mask, jnp.broadcast_to(outcome[None, ..., None], logprobs.shape))
-        return dual_mode_advantages(logprobs, batch.rewards, mask, replace(config.advantage, eta=eta), batch.graded)
-
-    def microbatches(questions: int, packing: Packing | None) -> Microbatches:
-        if packing is not None:
-            return packing.microbatches
-        return equal_parts(questions, questions // (config.microbatch_questions or questions))
-
-    def loss(eta: Array, params: qwen3.Params, part: Any) -> tuple[Float[Array, ""], Measures]:
-        batch, weights, fixed, places = part
-        # Said of the parameters, it holds for their gradient too.
-        scores = score(pinned(params, shardings and shardings.params), batch, places)
-        old = jax.lax.stop_gradient(scores.logprobs) if fixed is None else _swap(fixed.old_logprobs)
-        advantage = advantages(old, batch, eta) if fixed is None else _swap(fixed.advantages)
-        mask = token_mask(batch)
-        losses, measures = token_losses(
-            masked.where(mask, scores.logprobs),
-            masked.where(mask, old),
-            advantage,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            dual_clip=config.dual_clip,
-        )
-        record = TokenRecord(scores, old, advantage, measures["clip_fraction"])
-        return masked.total(losses * weights, mask), measure(jax.lax.stop_gradient(record), batch)
-
-    def optimizer_step(
-        state: TrainState, batch: Batch, fixed: Fixed | None, packing: Packing | None
-    ) -> tuple[TrainState, Metrics]:
-        mask = token_mask(batch)
-        # All modes train on the same tokens, so their weights are the same: one row serves them.
-        every = jnp.broadcast_to(mask, (contexts, *mask.shape))
-        weights = token_weights(every, config.aggregate, config.max_new_tokens)[0]
-        (value, measures), gradient = accumulate_gradients(
-            partial(loss, state.eta.eta),
-            state.params,
-            (batch, weights, fixed, packing and packing.places),
-            microbatches(mask.shape[0], packing),
-            joined,
-        )
-        changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, changes)
-        metrics = {"loss": value, "grad_norm": optax.tree.norm(gradient)} | measures.values()
-        return state._replace(params=params, opt_state=opt_state), metrics
-
-    def score_first(state: TrainState, batch: Batch, packing: Packing | None) -> Fixed:
-        chosen = microbatches(batch.rewards.shape[0], packing)
-        shape = (batch.rewards.shape[0], contexts, *batch.responses.shape[1:])
-
-        def part(at: Array, found: Array) -> Array:
-            members = chosen.members[at]
-            places = packing and take(packing.places, members)
-            return found.at[members].set(_swap(score(state.params, take(batch, members), places).logprobs), mode="drop")
-
-        logprobs = _swap(jax.lax.fori_loop(0, chosen.used, part, jnp.zeros(shape)))
-        return Fixed(_swap(logprobs), _swap(advantages(logprobs, batch, state.eta.eta)))
-
-    def two_pass(state: TrainState, batch: Batch, packing: Packing | None) -> tuple[TrainState, Metrics]:
-        parts = (split_batch(batch, config.updates_per_step), packing)
-        fixed = jax.lax.map(lambda part: score_first(state, *part), parts)
-
-        def one(state: TrainState, part: Any) -> tuple[TrainState, Metrics]:
-            (batch, packing), fixed = part
-            return optimizer_step(state, batch, fixed, packing)
-
-        state, history = jax.lax.scan(one, state, (parts, fixed))
-        metrics = jax.tree.map(jnp.mean, history)
-        return state, metrics | {"sampler/max_difference": jnp.max(history["sampler/max_difference"])}
+    step = _Step(model, config, optimizer, mesh, shardings)
 
     @partial(jax.jit, donate_argnums=0, compiler_options=compiler_options(mesh))
     def update(state: TrainState, batch: Batch, packing: Packing | None = None) -> tuple[TrainState, Metrics]:
-        if config.updates_per_step == 1 and not config.two_pass:
+        if config.fused:
             only = None if packing is None else jax.tree.map(lambda leaf: leaf[0], packing)
-            state, metrics = optimizer_step(state, batch, None, only)
+            state, metrics = step.one_update(state, batch, None, only)
+        elif config.update_order == "quarters":
+            state, metrics = step.by_quarters(state, batch)
         else:
-            state, metrics = two_pass(state, batch, packing)
+            state, metrics = step.two_pass(state, batch, packing)
         eta = state.eta
         if config.objective == "policy_split":
             metrics["eta"] = eta.eta
@@ -229,17 +153,213 @@ def make_update(
     return update
 
 
+@dataclass(frozen=True)
+class _Step:
+    """The parts of an update; what it holds is static."""
+
+    model: qwen3.Qwen3Config
+    config: UpdateConfig
+    optimizer: optax.GradientTransformation
+    mesh: Mesh | None
+    shardings: TrainState | None
+
+    def score(self, params: qwen3.Params, batch: Batch, places: Places | None) -> TokenScores:
+        """Every rollout under every mode that is trained, as that mode trains on it."""
+        contexts = self.config.contexts
+        seen = (
+            batch.prompts[:, :contexts],
+            batch.prompt_lengths[:, :contexts],
+            batch.responses,
+            batch.response_lengths,
+        )
+        own = self.score_rollouts(params, *seen, places=places, with_kl=contexts == 2)
+        if batch.shared is None:
+            return own
+        other = self.score_rollouts(params, *batch.shared)
+        mine, mask = own_rollouts(batch), training_mask(batch)
+        # Where one of the two is longer, the bonus meets nothing of the other.
+        logprobs = masked.where(mask, jnp.where(mine, own.logprobs, other.logprobs))
+        return TokenScores(logprobs, masked.where(mask, jnp.where(mine, own.entropy, other.entropy)), own.kl)
+
+    def score_rollouts(self, params: qwen3.Params, *sequences: Array, **chosen: Any) -> TokenScores:
+        config = self.config
+        return score_rollouts(
+            params,
+            *sequences,
+            config=self.model,
+            dtype=jnp.dtype(config.dtype),
+            remat=config.remat,
+            temperature=config.temperature,
+            chunk=config.score_chunk,
+            mesh=self.mesh,
+            **chosen,
+        )
+
+    def terms(self, scores: TokenScores, batch: Batch, state: TrainState, number: Array | int) -> Terms:
+        """Of scores at the time of sampling [M, P, G, T]; `number` counts the step's updates."""
+        config = self.config
+        if config.objective == "policy_split":
+            seen = scores.logprobs if config.advantage.surprise == "neg_logprob" else -scores.entropy
+            moved = replace(config.advantage, eta=state.eta.eta)
+            return Terms(dual_mode_advantages(seen, batch.rewards, training_mask(batch), moved, batch.graded))
+        outcome = correctness_advantages(batch.rewards, batch.graded, config.advantage.norm_by_std)
+        # Rollouts' keys fold in small numbers, of questions.
+        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), _LARGEST - number)
+        terms = baseline_terms(
+            config.objective, outcome, scores.logprobs[0], scores.entropy[0], token_mask(batch), config.baseline, key
+        )
+        return jax.tree.map(lambda leaf: leaf[None], terms)
+
+    def token_losses(self, scores: TokenScores, old: Array, terms: Terms, mask: Array) -> tuple[Array, Array]:
+        """Each token's loss, and where it was clipped; zeros at padding."""
+        config = self.config
+        # KL-Cov penalises in place of clipping.
+        low, high = (1.0, jnp.inf) if config.objective == "kl_cov" else (config.clip_low, config.clip_high)
+        logprobs, old = masked.where(mask, scores.logprobs), masked.where(mask, old)
+        losses, measures = token_losses(
+            logprobs, old, terms.advantages, clip_low=low, clip_high=high, dual_clip=config.dual_clip
+        )
+        if terms.kept is not None:
+            losses = masked.where(terms.kept, losses)
+        if terms.penalised is not None:
+            moved = masked.where(terms.penalised, jnp.abs(logprobs - old))
+            losses = losses + config.baseline.kl_cov.coefficient * moved
+        if config.objective == "entropy_regularization":
+            losses = losses - config.baseline.entropy_regularization.coefficient * masked.where(mask, scores.entropy)
+        return losses, measures["clip_fraction"]
+
+    def loss(self, state: TrainState, params: qwen3.Params, part: Any) -> tuple[Float[Array, ""], Measures]:
+        """Of a microbatch of questions."""
+        batch, weights, fixed, places = part
+        # Said of the parameters, it holds for their gradient too.
+        scores = self.score(pinned(params, self.shardings and self.shardings.params), batch, places)
+        if fixed is None:
+            detached = jax.lax.stop_gradient(scores)
+            old, terms = detached.logprobs, self.terms(detached, batch, state, 0)
+        else:
+            old, terms = _swap(fixed)
+        mask = training_mask(batch)
+        losses, clipped = self.token_losses(scores, old, terms, mask)
+        record = TokenRecord(scores, old, terms.advantages, clipped)
+        return masked.total(losses * _swap(weights), mask), measure(jax.lax.stop_gradient(record), batch)
+
+    def weights(self, batch: Batch) -> Float[Array, "P #M G T"]:
+        """Of every token in the update's loss."""
+        mask = training_mask(batch)
+        every = jnp.broadcast_to(mask, (self.config.contexts, *mask.shape[1:]))
+        return _swap(token_weights(every, self.config.aggregate, self.config.max_new_tokens)[: len(mask)])
+
+    def one_update(
+        self, state: TrainState, batch: Batch, fixed: Fixed | None, packing: Packing | None
+    ) -> tuple[TrainState, Metrics]:
+        """On whole questions."""
+        (value, measures), gradient = accumulate_gradients(
+            partial(self.loss, state),
+            state.params,
+            (batch, self.weights(batch), fixed, packing and packing.places),
+            self.microbatches(batch.rewards.shape[0], packing),
+            joined,
+        )
+        return self.moved(state, gradient), self.metrics(value, gradient) | measures.values()
+
+    def moved(self, state: TrainState, gradient: Any) -> TrainState:
+        changes, opt_state = self.optimizer.update(gradient, state.opt_state, state.params)
+        return state._replace(params=optax.apply_updates(state.params, changes), opt_state=opt_state)
+
+    def metrics(self, value: Array, gradient: Any) -> Metrics:
+        return {"loss": value, "grad_norm": optax.tree.norm(gradient)}
+
+    def microbatches(self, questions: int, packing: Packing | None) -> Microbatches:
+        if packing is not None:
+            return packing.microbatches
+        return equal_parts(questions, questions // (self.config.microbatch_questions or questions))
+
+    def score_first(self, state: TrainState, batch: Batch, packing: Packing | None) -> TokenScores:
+        """The scores of all questions of a batch, a microbatch at a time."""
+        chosen = self.microbatches(batch.rewards.shape[0], packing)
+
+        def scored(at: Array | int) -> Any:
+            members = chosen.members[at]
+            places = packing and take(packing.places, members)
+            return members, _swap(self.score(state.params, take(batch, members), places))
+
+        def part(at: Array, found: Any) -> Any:
+            members, scores = scored(at)
+            return jax.tree.map(lambda all_, some: all_.at[members].set(some, mode="drop"), found, scores)
+
+        shape = jax.eval_shape(lambda: scored(0)[1])
+        zeros = jax.tree.map(lambda leaf: jnp.zeros((batch.rewards.shape[0], *leaf.shape[1:]), leaf.dtype), shape)
+        return _swap(jax.lax.fori_loop(0, chosen.used, part, zeros))
+
+    def two_pass(self, state: TrainState, batch: Batch, packing: Packing | None) -> tuple[TrainState, Metrics]:
+        """Several updates, each on its share of the questions; all are scored before the first."""
+        numbers = jnp.arange(self.config.updates_per_step)
+        parts = (split_batch(batch, self.config.updates_per_step), packing)
+
+        def fix(part: Any) -> Fixed:
+            number, (batch, packing) = part
+            scores = self.score_first(state, batch, packing)
+            return _swap(Fixed(scores.logprobs, self.terms(scores, batch, state, number)))
+
+        fixed = jax.lax.map(fix, (numbers, parts))
+
+        def one(state: TrainState, part: Any) -> tuple[TrainState, Metrics]:
+            (batch, packing), fixed = part
+            return self.one_update(state, batch, fixed, packing)
+
+        state, history = jax.lax.scan(one, state, (parts, fixed))
+        metrics = jax.tree.map(jnp.mean, history)
+        return state, metrics | {"sampler/max_difference": jnp.max(history["sampler/max_difference"])}
+
+    def by_quarters(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """Several updates, each on its share of the sequences (`quarters.py`); all are scored before the first."""
+        updates, questions = self.config.updates_per_step, batch.rewards.shape[0]
+        scores = self.score_first(state, batch, None)
+        terms = self.terms(scores, batch, state, 0)
+        parts = split_batch(in_quarters(batch, scores.logprobs, terms.advantages), updates)
+        count = questions // updates // (self.config.microbatch_questions or questions // updates)
+        microbatches = equal_parts(parts.modes.shape[1], count)
+
+        def one(state: TrainState, part: Sequences) -> tuple[TrainState, Any]:
+            weights = token_weights(part.mask, self.config.aggregate, self.config.max_new_tokens)
+            (value, measures), gradient = accumulate_gradients(
+                self.sequence_loss, state.params, (part, weights), microbatches, joined
+            )
+            return self.moved(state, gradient), (self.metrics(value, gradient), measures)
+
+        state, (history, clipped) = jax.lax.scan(one, state, parts)
+        # Everything but the clipping is of the policy that sampled.
+        record = TokenRecord(scores, scores.logprobs, terms.advantages, jnp.zeros(scores.logprobs.shape))
+        means = {name: masked.Mean(*map(jnp.sum, mean)) for name, mean in clipped.means.items()}
+        found = measure(record, batch).values() | Measures(means, {}).values()
+        return state, jax.tree.map(jnp.mean, history) | found
+
+    def sequence_loss(self, params: qwen3.Params, part: Any) -> tuple[Float[Array, ""], Measures]:
+        """Of a microbatch of sequences, each under one mode."""
+        each, weights = part
+        params = pinned(params, self.shardings and self.shardings.params)
+        scores = self.score_rollouts(params, each.prompts, each.prompt_lengths, each.responses, each.response_lengths)
+        terms = Terms(each.advantages[None])
+        losses, clipped = self.token_losses(scores, each.old_logprobs[None], terms, each.mask[None])
+        means = {
+            f"clip_fraction/{name}": masked.mean_parts(clipped[0], each.mask & (each.modes == mode)[..., None])
+            for mode, name in enumerate(MODE_NAMES)
+        }
+        return masked.total(losses[0] * weights, each.mask), Measures(means, {})
+
+
 def measure(record: TokenRecord, batch: Batch) -> Measures:
     """What is measured of the tokens of a microbatch; means over tokens, nats."""
     mask = token_mask(batch)
     logprobs = record.scores.logprobs
+    trained = jnp.broadcast_to(training_mask(batch), logprobs.shape)
     means: dict[str, masked.Mean] = {}
     for mode, name in enumerate(MODE_NAMES[: len(logprobs)]):
         own = mask & (batch.modes == mode)[..., None]
         means[f"entropy/{name}"] = masked.mean_parts(record.scores.entropy[mode], own)
         means[f"neg_logprob/{name}"] = masked.mean_parts(-logprobs[mode], own)
-        means[f"advantage_abs/{name}"] = masked.mean_parts(jnp.abs(record.advantages[mode]), mask)
-        means[f"clip_fraction/{name}"] = masked.mean_parts(record.clipped[mode], mask)
+        means[f"advantage_abs/{name}"] = masked.mean_parts(jnp.abs(record.advantages[mode]), trained[mode])
+        means[f"clip_fraction/{name}"] = masked.mean_parts(record.clipped[mode], trained[mode])
     if record.scores.kl is not None:
         means |= _divergences(logprobs, record.scores.kl, batch, mask)
     # The sampler's log-probabilities against the trainer's, on each rollout's own mode. Those before the step:

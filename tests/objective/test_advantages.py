@@ -213,6 +213,7 @@ def test_defaults_are_the_papers():
         "only_uniform_groups": False,
         "clamp": "bonus",
         "bonus_repeats": 1,
+        "surprise": "neg_logprob",
     }
 
 

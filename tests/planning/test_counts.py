@@ -64,7 +64,10 @@ def test_splash_attention_counts_what_is_below_the_diagonal():
     assert flops(attend, heads, heads, heads, kinds) == pytest.approx(whole * 10 / 16)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("nvidia") is None, reason="needs policy-split-jax[cuda]")
+@pytest.mark.skipif(
+    not any(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin")),
+    reason="needs policy-split-jax[cuda]",
+)
 def test_cudnn_attention_counts_what_is_below_the_diagonal():
     length, heads, size = 256, 4, 64
     queries = ShapeDtypeStruct((2, length, heads, size), jnp.bfloat16)

@@ -12,8 +12,9 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from policy_split_jax.errors import UserError
-from policy_split_jax.modes import DEFAULT_HIGH_ENTROPY_PROMPT, ModePrompts
+from policy_split_jax.modes import DEFAULT_HIGH_ENTROPY_PROMPT, HIGH_ENTROPY, NORMAL, ModePrompts
 from policy_split_jax.objective.advantages import AdvantageConfig
+from policy_split_jax.objective.baselines import BaselineConfig, Objective
 from policy_split_jax.objective.eta import EtaConfig
 from policy_split_jax.objective.losses import Aggregate
 
@@ -159,6 +160,21 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
+class SharingConfig:
+    """What a mode trains on of the rollouts that the other mode sampled."""
+
+    high_entropy_prompt: Literal["system", "user_turn"] = "system"
+    """Of normal rollouts: the mode's own prompt, or as in the released code one user turn that holds its text."""
+    response: Literal["tokens", "text"] = "tokens"
+    """The sampled tokens, or as in the released code their text encoded anew, which loses the stop token."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether shared rollouts are trained on as they were sampled, under each mode's own prompt."""
+        return self.high_entropy_prompt == "system" and self.response == "tokens"
+
+
+@dataclass(frozen=True)
 class LossConfig:
     """The clipped surrogate."""
 
@@ -209,6 +225,9 @@ class TrainConfig:
     seed: int = 0
     updates_per_step: int = 1
     """1: advantages come from the update's own forward pass. More: rollouts are scored first."""
+    update_order: Literal["questions", "quarters"] = "questions"
+    """What each of several updates gets: whole questions, or as in the released code a part of all sequences, those
+    of normal rollouts under the normal mode first (`training/quarters.py`)."""
     microbatch_questions: int = 0
     """Questions in one forward and backward pass; 0 is all of them. Changes memory, not results."""
     microbatch_rows: int = 0
@@ -223,6 +242,8 @@ class TrainConfig:
     keep_checkpoints: int = 3
     sample_questions: int = 2
     """Questions whose rollouts are written to samples.jsonl each step."""
+    dump_rollouts: bool = False
+    """Write every step's rollouts to `rollouts/STEP.jsonl`, as the released trainer does."""
     tensorboard: bool = False
     wandb: bool = False
 
@@ -263,6 +284,11 @@ class RunConfig:
     name: str
     output: str = "runs"
     """The run's folder is `output/name`."""
+    preset: Literal["paper", "released"] = "paper"
+    """`released` changes the defaults of the settings in which the authors' code differs from their paper."""
+    objective: Objective = "policy_split"
+    """All others train the normal mode alone, which then samples all 2 x rollout.rollouts_per_mode rollouts."""
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
@@ -271,6 +297,7 @@ class RunConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     eta: EtaConfig = field(default_factory=EtaConfig)
+    sharing: SharingConfig = field(default_factory=SharingConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -292,10 +319,47 @@ class RunConfig:
                 f"train.microbatch_rows ({rows}) must be at least the {rollouts} rollouts of a question, "
                 "each of which may need a row of its own"
             )
+        quarters = self.train.update_order == "quarters"
+        if rows and (quarters or not self.sharing.exact):
+            raise ValueError(
+                "train.microbatch_rows packs neither train.update_order=quarters nor sharing.*; set it to 0"
+            )
+        if self.objective != "policy_split" and (quarters or not self.sharing.exact):
+            raise ValueError(f"objective {self.objective} trains one mode: train.update_order and sharing.* need two")
+        for item in fields(self.baseline):
+            settings = getattr(self.baseline, item.name)
+            if item.name != self.objective and settings != type(settings)():
+                raise ValueError(f"baseline.{item.name} is set, but the objective is {self.objective}")
 
     @property
     def folder(self) -> Path:
         return Path(self.output) / self.name
+
+    @property
+    def modes(self) -> tuple[int, ...]:
+        """The modes that sample and train."""
+        return (NORMAL, HIGH_ENTROPY) if self.objective == "policy_split" else (NORMAL,)
+
+    @property
+    def rollouts(self) -> int:
+        """G, the rollouts of a question."""
+        return 2 * self.rollout.rollouts_per_mode
+
+
+# What the authors' trainer does differently (docs/fidelity.md). What it offers as an option is named with the value
+# that it has there unless asked for. How long its mini-batches are is the user's to say; here each is a quarter.
+RELEASED: dict[str, dict[str, Any]] = {
+    "advantage": {
+        "clamp": "scaled_bonus",
+        "bonus_repeats": 2,
+        "normalize": "zscore",
+        "low_quantile": 0.0,
+        "only_uniform_groups": False,
+        "surprise": "neg_logprob",
+    },
+    "sharing": {"high_entropy_prompt": "user_turn", "response": "text"},
+    "train": {"update_order": "quarters", "updates_per_step": 4},
+}
 
 
 @dataclass(frozen=True)
@@ -394,10 +458,24 @@ def load(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -
     tree = read_tree(path)
     for override in overrides:
         _override(tree, override)
-    config = from_dict(kind, tree, str(path))
+    config = from_dict(kind, with_preset(tree), str(path))
     if config.prompt.high_entropy_file:
         config = replace(config, prompt=_read_prompt_file(config.prompt))
     return config
+
+
+def with_preset(tree: dict[str, Any]) -> dict[str, Any]:
+    """The settings with those that their preset changes; what is written wins."""
+    if tree.get("preset") != "released":
+        return tree
+    merged = dict(tree)
+    for section, changes in RELEASED.items():
+        given = tree.get(section, {})
+        merged[section] = changes | given if isinstance(given, dict) else given
+    data, reward = tree.get("data", {}), tree.get("reward", {})
+    if isinstance(data, dict) and isinstance(reward, dict) and data.get("train", EMBEDDED) != EMBEDDED:
+        merged["reward"] = {"grader": "released"} | reward
+    return merged
 
 
 def read_tree(path: Path) -> dict[str, Any]:

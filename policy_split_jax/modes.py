@@ -6,8 +6,8 @@ else a mode is one of the integers below, carried as a column of the batch.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 NORMAL = 0
@@ -143,6 +143,19 @@ def render_both(tokenizer: Any, questions: Sequence[str], prompts: ModePrompts) 
     """Each question's prompts, indexed by mode."""
     normal, high_entropy = (render(tokenizer, questions, mode, prompts) for mode in (NORMAL, HIGH_ENTROPY))
     return list(zip(normal, high_entropy, strict=True))
+
+
+def render_user_turn(tokenizer: Any, questions: Sequence[str], prompts: ModePrompts) -> list[list[int]]:
+    """The high-entropy prompts as the released trainer gives them to normal rollouts: the text of the prompt, its
+    special tokens lost, as one user turn without a system turn."""
+    users = (prompts.question_template.replace("{question}", question) for question in questions)
+    texts = [f"system\n{prompts.high_entropy}\nuser\n{user}" for user in users]
+    return render(tokenizer, texts, NORMAL, replace(prompts, question_template="{question}"))
+
+
+def encode_again(tokenizer: Any, tokens: Iterable[int]) -> list[int]:
+    """A response's tokens as the released trainer shares them: their text without special tokens, encoded anew."""
+    return encode_plain(tokenizer, [tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)])[0]
 
 
 def decode_response(tokenizer: Any, tokens: Sequence[int], stop_ids: Sequence[int]) -> str:

@@ -9,15 +9,24 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from policy_split_jax import processes
+from policy_split_jax.config import SharingConfig
 from policy_split_jax.data.formats import Row
 from policy_split_jax.errors import UserError
 from policy_split_jax.model import qwen3
-from policy_split_jax.modes import HIGH_ENTROPY, NORMAL, render_both, shared_prefix
+from policy_split_jax.modes import (
+    HIGH_ENTROPY,
+    NORMAL,
+    encode_again,
+    render_both,
+    render_user_turn,
+    shared_prefix,
+)
 from policy_split_jax.padding import TokenRow
 from policy_split_jax.policy import Policy
 from policy_split_jax.rewards import Grade, GradeItem, GraderPool
 from policy_split_jax.sampler.batcher import Prompt, Rollout, Sampling
 from policy_split_jax.sampler.rollout import Sampler, rollout_keys
+from policy_split_jax.training.collate import SharedGroup
 
 Progress = Callable[[int], None]
 
@@ -102,9 +111,57 @@ def grade_groups(pool: GraderPool, groups: Sequence[Group]) -> None:
         group.grades = [next(grades) for _ in group.rollouts]
 
 
+def shared_groups(
+    policy: Policy, groups: Sequence[Group], sharing: SharingConfig, max_new_tokens: int
+) -> list[SharedGroup] | None:
+    """What each mode trains on of the other's rollouts; None where that is what was sampled."""
+    if sharing.exact:
+        return None
+    prompts = training_prompts(policy, [group.row for group in groups], sharing)
+    return [
+        SharedGroup(pair, [_shared_tokens(policy, rollout, sharing)[:max_new_tokens] for rollout in group.rollouts])
+        for pair, group in zip(prompts, groups, strict=True)
+    ]
+
+
+def _shared_tokens(policy: Policy, rollout: Rollout, sharing: SharingConfig) -> TokenRow:
+    return rollout.tokens if sharing.response == "tokens" else encode_again(policy.tokenizer, rollout.tokens)
+
+
+def training_prompts(policy: Policy, rows: Sequence[Row], sharing: SharingConfig) -> list[tuple[list[int], list[int]]]:
+    """The prompts, by mode, under which each mode trains on the other's rollouts."""
+    prompts = _render(policy, rows)
+    if sharing.high_entropy_prompt == "system":
+        return prompts
+    turns = render_user_turn(policy.tokenizer, [row.question for row in rows], policy.prompts)
+    return [(normal, turn) for (normal, _), turn in zip(prompts, turns, strict=True)]
+
+
 def render_prompts(policy: Policy, rows: Sequence[Row], limit: int) -> list[tuple[list[int], list[int]]]:
     """Each question's prompts, indexed by mode; UserError where one has more than `limit` tokens."""
     prompts = _render(policy, rows)
+    _check(prompts, rows, limit)
+    return prompts
+
+
+def check_prompts(policy: Policy, rows: Sequence[Row], limit: int, sharing: SharingConfig) -> None:
+    """Raises UserError where a prompt that samples or trains has more than `limit` tokens."""
+    _check(_all_prompts(policy, rows, sharing), rows, limit)
+
+
+def without_long_prompts(policy: Policy, rows: Sequence[Row], limit: int, sharing: SharingConfig) -> list[Row]:
+    """The rows whose prompts have at most `limit` tokens in both modes."""
+    sizes = _sizes(_all_prompts(policy, rows, sharing))
+    return [row for row, size in zip(rows, sizes, strict=True) if size <= limit]
+
+
+def _all_prompts(policy: Policy, rows: Sequence[Row], sharing: SharingConfig) -> list[tuple[list[int], ...]]:
+    """Of each question, those of both modes and those of shared rollouts."""
+    pairs = zip(_render(policy, rows), training_prompts(policy, rows, sharing), strict=True)
+    return [(*own, *shared) for own, shared in pairs]
+
+
+def _check(prompts: Sequence[Sequence[list[int]]], rows: Sequence[Row], limit: int) -> None:
     sizes = _sizes(prompts)
     if max(sizes, default=0) > limit:
         longest = max(range(len(rows)), key=sizes.__getitem__)
@@ -113,21 +170,15 @@ def render_prompts(policy: Policy, rows: Sequence[Row], limit: int) -> list[tupl
             f"tokens, the longest {sizes[longest]} ({rows[longest].question[:60]!r}); "
             "raise rollout.max_prompt_tokens (--max-prompt-tokens) or leave them out (rollout.long_prompts=skip)"
         )
-    return prompts
-
-
-def without_long_prompts(policy: Policy, rows: Sequence[Row], limit: int) -> list[Row]:
-    """The rows whose prompts have at most `limit` tokens in both modes."""
-    return [row for row, size in zip(rows, _sizes(_render(policy, rows)), strict=True) if size <= limit]
 
 
 def _render(policy: Policy, rows: Sequence[Row]) -> list[tuple[list[int], list[int]]]:
     return render_both(policy.tokenizer, [row.question for row in rows], policy.prompts)
 
 
-def _sizes(prompts: Sequence[tuple[list[int], list[int]]]) -> list[int]:
-    """Tokens of each question's longer prompt."""
-    return [max(map(len, pair)) for pair in prompts]
+def _sizes(prompts: Sequence[Sequence[list[int]]]) -> list[int]:
+    """Tokens of each question's longest prompt."""
+    return [max(map(len, each)) for each in prompts]
 
 
 def step_key(key: Key[Array, ""], step: int) -> Key[Array, ""]:

@@ -129,15 +129,15 @@ def rewards_of(groups: Sequence[Group], mode: int) -> Float[np.ndarray, "Q n"]:
     """One mode's rewards; NaN where grading failed."""
     return np.array(
         [
-            [np.nan if grade.score is None else grade.score for grade, own in _of_mode(group, group.grades, mode)]
+            [np.nan if grade.score is None else grade.score for grade in _of_mode(group, group.grades, mode)]
             for group in groups
         ],
         np.float64,
     )
 
 
-def _of_mode(group: Group, values: Sequence[Any], mode: int) -> list[tuple[Any, int]]:
-    return [(value, own) for value, own in zip(values, group.modes, strict=True) if own == mode]
+def _of_mode(group: Group, values: Sequence[Any], mode: int) -> list[Any]:
+    return [value for value, own in zip(values, group.modes, strict=True) if mode in (own, _BOTH)]
 
 
 def _correct(rewards: Float[np.ndarray, "Q n"]) -> Float[np.ndarray, "Q n"]:
@@ -152,7 +152,7 @@ def _answers(groups: Sequence[Group], mode: int) -> list[list[str | None]]:
     return [
         [
             None if rollout.finish_reason == "length" and not _is_right(grade) else grade.answer
-            for (grade, rollout), _ in _of_mode(group, list(zip(group.grades, group.rollouts, strict=True)), mode)
+            for grade, rollout in _of_mode(group, list(zip(group.grades, group.rollouts, strict=True)), mode)
         ]
         for group in groups
     ]
@@ -163,25 +163,32 @@ def _is_right(grade: Grade) -> bool:
 
 
 def outcome_metrics(groups: Sequence[Group]) -> Row_:
-    """What the graders and lengths say, per mode and across modes; for training steps and evaluations."""
-    rewards = [rewards_of(groups, mode) for mode in (NORMAL, HIGH_ENTROPY)]
-    correct = [_correct(values) for values in rewards]
-    answers = [_answers(groups, mode) for mode in (NORMAL, HIGH_ENTROPY)]
+    """What the graders and lengths say, per mode and across the modes that sampled; in training and evaluations."""
+    sampled = [mode for mode in (NORMAL, HIGH_ENTROPY) if mode in groups[0].modes]
     row: Row_ = {}
-    rewards.append(np.concatenate(rewards, axis=1))
-    correct.append(np.concatenate(correct, axis=1))
-    answers.append([[*first, *second] for first, second in zip(*answers, strict=True)])
-    for part, name in enumerate((*MODE_NAMES, "both")):
-        rollouts = [r for g in groups for r, mode in zip(g.rollouts, g.modes, strict=True) if part in (mode, _BOTH)]
-        row[f"reward/{name}"] = metrics.average_at_k(rewards[part])
-        row[f"accuracy/{name}"] = metrics.average_at_k(correct[part])
-        row[f"response_length/{name}"] = float(np.mean([len(r.tokens) for r in rollouts]))
-        row[f"truncated/{name}"] = float(np.mean([r.finish_reason == "length" for r in rollouts]))
-        row[f"best_of_k/{name}"] = metrics.best_of_k(rewards[part])
-        row[f"distinct_correct/{name}"] = metrics.distinct_correct(answers[part], correct[part])
-    row["only_high_entropy_solved"] = metrics.only_second_solved(correct[NORMAL], correct[HIGH_ENTROPY])
+    for mode in sampled:
+        row |= _outcomes(groups, mode, MODE_NAMES[mode])
+    if len(sampled) > 1:
+        row |= _outcomes(groups, _BOTH, "both")
+        correct = [_correct(rewards_of(groups, mode)) for mode in sampled]
+        row["only_high_entropy_solved"] = metrics.only_second_solved(*correct)
     row["grader/failed"] = sum(grade.score is None for group in groups for grade in group.grades)
     return row
+
+
+def _outcomes(groups: Sequence[Group], part: int, name: str) -> Row_:
+    """Of one mode's rollouts, or of all."""
+    rewards, answers = rewards_of(groups, part), _answers(groups, part)
+    correct = _correct(rewards)
+    rollouts = [rollout for group in groups for rollout in _of_mode(group, group.rollouts, part)]
+    return {
+        f"reward/{name}": metrics.average_at_k(rewards),
+        f"accuracy/{name}": metrics.average_at_k(correct),
+        f"response_length/{name}": float(np.mean([len(r.tokens) for r in rollouts])),
+        f"truncated/{name}": float(np.mean([r.finish_reason == "length" for r in rollouts])),
+        f"best_of_k/{name}": metrics.best_of_k(rewards),
+        f"distinct_correct/{name}": metrics.distinct_correct(answers, correct),
+    }
 
 
 def pass_metrics(groups: Sequence[Group], k: int) -> Row_:

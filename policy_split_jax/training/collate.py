@@ -1,13 +1,21 @@
 """From the sampler's rollouts to the batch that the update reads."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from policy_split_jax.padding import bucket, lengths, pad_left, pad_right
+from policy_split_jax.padding import TokenRow, bucket, lengths, pad_left, pad_right
 from policy_split_jax.sampler.batcher import Rollout
-from policy_split_jax.training.batch import Batch
+from policy_split_jax.training.batch import Batch, SharedView
+
+
+class SharedGroup(NamedTuple):
+    """What a question's modes train on of each other's rollouts, where that is not what was sampled."""
+
+    prompts: Sequence[Sequence[int]]
+    """By mode."""
+    responses: Sequence[TokenRow]
 
 
 def make_batch(
@@ -18,13 +26,17 @@ def make_batch(
     *,
     max_prompt_tokens: int,
     max_new_tokens: int,
+    shared: Sequence[SharedGroup] | None = None,
 ) -> Batch:
     """Pads and stacks one step; the lists run over questions, then over a question's rollouts.
 
     A reward of None says that grading failed. Widths are buckets, so that few shapes are ever compiled.
     """
-    width = bucket(max(len(tokens) for pair in prompts for tokens in pair), max_prompt_tokens)
-    length = bucket(max(len(rollout.tokens) for group in rollouts for rollout in group), max_new_tokens)
+    pairs = [*prompts, *(group.prompts for group in shared or ())]
+    rows = [rollout.tokens for group in rollouts for rollout in group]
+    rows += [tokens for group in shared or () for tokens in group.responses]
+    width = bucket(max(len(tokens) for pair in pairs for tokens in pair), max_prompt_tokens)
+    length = bucket(max(map(len, rows)), max_new_tokens)
     graded = np.array([[reward is not None for reward in group] for group in rewards])
     values = [[0.0 if reward is None else reward for reward in group] for group in rewards]
     logprobs = np.zeros((len(rollouts), len(rollouts[0]), length), np.float32)
@@ -43,4 +55,14 @@ def make_batch(
         "graded": graded,
         "sampler_logprobs": logprobs,
     }
-    return Batch(**arrays)
+    return Batch(**arrays, shared=None if shared is None else _shared_view(shared, width, length))
+
+
+def _shared_view(shared: Sequence[SharedGroup], width: int, length: int) -> SharedView:
+    arrays: Any = (
+        np.stack([pad_left(group.prompts, width) for group in shared]),
+        np.stack([lengths(group.prompts) for group in shared]),
+        np.stack([pad_right(group.responses, length) for group in shared]),
+        np.stack([lengths(group.responses) for group in shared]),
+    )
+    return SharedView(*arrays)

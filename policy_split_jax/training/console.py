@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from policy_split_jax.modes import MODE_NAMES
 from policy_split_jax.rollouts import Group
 from policy_split_jax.rollouts import Progress as Report
 
@@ -27,6 +28,12 @@ _TABLE = (
     ("response length, normal (tokens)", "response_length/normal", "{:.1f}"),
     ("response length, high-entropy (tokens)", "response_length/high_entropy", "{:.1f}"),
 )
+
+
+def _pair(row: Mapping[str, Any], name: str, form: str) -> str:
+    """A figure of each mode that has one."""
+    keys = (f"{name}/{mode}" for mode in MODE_NAMES)
+    return " ".join(format(row[key], form) for key in keys if key in row)
 
 
 class RunDisplay:
@@ -73,11 +80,9 @@ class RunDisplay:
         self.advance(step)
         self.say(
             f"step {step:>{len(str(self._steps))}}/{self._steps}  "
-            f"reward {row['reward/normal']:.2f} {row['reward/high_entropy']:.2f}  "
-            f"entropy {row['entropy/normal']:.3f} {row['entropy/high_entropy']:.3f}  "
-            f"KL {row['kl/high_entropy_to_normal']:.4f}  eta {row['eta']:.3f}  "
-            f"length {row['response_length/normal']:.1f} {row['response_length/high_entropy']:.1f}  "
-            f"{row['time/step']:.1f} s"
+            f"reward {_pair(row, 'reward', '.2f')}  entropy {_pair(row, 'entropy', '.3f')}  "
+            + (f"KL {row['kl/high_entropy_to_normal']:.4f}  eta {row['eta']:.3f}  " if "eta" in row else "")
+            + f"length {_pair(row, 'response_length', '.1f')}  {row['time/step']:.1f} s"
         )
 
     def grader_errors(self, groups: Sequence[Group]) -> None:

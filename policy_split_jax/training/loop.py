@@ -32,9 +32,10 @@ from policy_split_jax.report.page import write_report
 from policy_split_jax.rewards import GraderPool
 from policy_split_jax.rollouts import (
     Group,
+    check_prompts,
     grade_groups,
-    render_prompts,
     sample_groups,
+    shared_groups,
     step_key,
     without_long_prompts,
 )
@@ -136,16 +137,17 @@ class Trainer:
 
     def _rollouts(self, rows: Sequence[Row]) -> list[Group]:
         rollout = self.config.rollout
-        total = len(rows) * 2 * rollout.rollouts_per_mode
-        with self.display.phase("rollouts", total) as progress:
+        modes, each = self.config.modes, self.config.rollouts
+        with self.display.phase("rollouts", len(rows) * each) as progress:
             return sample_groups(
                 self.state.params,
                 self.policy,
                 self.sampler,
                 rows,
-                per_mode=rollout.rollouts_per_mode,
+                per_mode=each // len(modes),
                 key=step_key(_own_key(self.state.key), int(self.state.step)),
                 sampling=Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p),
+                modes=modes,
                 progress=progress,
             )
 
@@ -158,6 +160,7 @@ class Trainer:
             [[grade.score for grade in group.grades] for group in groups],
             max_prompt_tokens=rollout.max_prompt_tokens,
             max_new_tokens=rollout.max_new_tokens,
+            shared=shared_groups(self.policy, groups, self.config.sharing, rollout.max_new_tokens),
         )
         if not chosen.microbatch_rows:
             state, metrics = self.update(self.state, batch)
@@ -307,6 +310,8 @@ def run_mesh(config: RunConfig, model: qwen3.Qwen3Config, devices: Sequence[Any]
 def update_config(config: RunConfig) -> UpdateConfig:
     """What of a run's settings the update needs."""
     return UpdateConfig(
+        objective=config.objective,
+        baseline=config.baseline,
         advantage=config.advantage,
         eta=config.eta,
         clip_low=config.loss.clip_low,
@@ -316,6 +321,7 @@ def update_config(config: RunConfig) -> UpdateConfig:
         max_new_tokens=config.rollout.max_new_tokens,
         temperature=config.rollout.temperature,
         updates_per_step=config.train.updates_per_step,
+        update_order=config.train.update_order,
         microbatch_questions=config.train.microbatch_questions,
         score_chunk=config.train.score_chunk,
         dtype=config.model.dtype,
@@ -352,11 +358,11 @@ def _fitting(
     config: RunConfig, policy: Policy, splits: tuple[list[Row], list[Row]]
 ) -> tuple[tuple[list[Row], list[Row]], int]:
     """The rows whose prompts are short enough, and how many are not; UserError for those unless they are skipped."""
-    limit = config.rollout.max_prompt_tokens
+    limit, sharing = config.rollout.max_prompt_tokens, config.sharing
     if config.rollout.long_prompts == "error":
-        render_prompts(policy, [*splits[0], *splits[1]], limit)
+        check_prompts(policy, [*splits[0], *splits[1]], limit, sharing)
         return splits, 0
-    train_rows, test_rows = (without_long_prompts(policy, rows, limit) for rows in splits)
+    train_rows, test_rows = (without_long_prompts(policy, rows, limit, sharing) for rows in splits)
     if not train_rows or not test_rows:
         raise UserError(f"no question has a prompt of at most {limit} tokens; raise rollout.max_prompt_tokens")
     return (train_rows, test_rows), sum(map(len, splits)) - len(train_rows) - len(test_rows)
@@ -426,7 +432,8 @@ def _announce(
     )
     rollout = config.rollout
     display.say(
-        f"{rollout.questions_per_step} questions a step, {rollout.rollouts_per_mode} rollouts of each in each mode"
+        f"{rollout.questions_per_step} questions a step, {config.rollouts // len(config.modes)} rollouts of each "
+        + ("in each mode" if len(config.modes) > 1 else f"in the normal mode ({config.objective})")
         + (f"; resuming after step {started_at}" if started_at else "")
     )
     display.say("pairs of figures are normal, high-entropy")

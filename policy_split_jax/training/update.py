@@ -204,7 +204,8 @@ class _Step:
             return Terms(dual_mode_advantages(seen, batch.rewards, training_mask(batch), moved, batch.graded))
         outcome = correctness_advantages(batch.rewards, batch.graded, config.advantage.norm_by_std)
         # Rollouts' keys fold in small numbers, of questions.
-        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), _LARGEST - number)
+        step_key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), jnp.uint32(_LARGEST))
+        key = jax.random.fold_in(step_key, number)
         terms = baseline_terms(
             config.objective, outcome, scores.logprobs[0], scores.entropy[0], token_mask(batch), config.baseline, key
         )

@@ -1,0 +1,118 @@
+"""What each difference of the released trainer changes on the embedded task: training runs, then a table.
+
+    python experiments/released.py [--seeds 0 1 2] [--steps 150] [--parallel 2]
+
+Runs are ordinary ones of the command line, one core each, in runs/released; what is there already is not run again, and
+what was interrupted goes on. The table has means over seeds, and in brackets the standard deviation.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+from statistics import mean, stdev
+
+FOLDER = Path("runs/released")
+FOUR = {"train.updates_per_step": "4"}
+VARIANTS = {
+    "paper": {},
+    "1 clip(η·B)": {"advantage.clamp": "scaled_bonus"},
+    "2 bonus added twice": {"advantage.bonus_repeats": "2"},
+    "3 high-entropy prompt as a user turn": {"sharing.high_entropy_prompt": "user_turn"},
+    "4 shared responses as text": {"sharing.response": "text"},
+    "four updates of whole questions": FOUR,
+    "5 four updates, by quarters": FOUR | {"train.update_order": "quarters"},
+    "6 lower half of the tokens without bonus": {"advantage.low_quantile": "0.5"},
+    "6 only groups of equal rewards (κ = 0)": {"advantage.only_uniform_groups": "true", "advantage.kappa": "0"},
+    "6 max-min in place of z-score": {"advantage.normalize": "range"},
+    "6 exact entropy in place of −log p": {"advantage.surprise": "entropy"},
+    "preset released (1 to 5)": {"preset": "released"},
+}
+FIGURES = {
+    "accuracy, normal": "accuracy/normal",
+    "accuracy, HE": "accuracy/high_entropy",
+    "entropy, normal": "entropy/normal",
+    "entropy, HE": "entropy/high_entropy",
+    "KL(HE‖N)": "kl/high_entropy_to_normal",
+    "best of 8, normal": "best_of_k/normal",
+    "best of 8, HE": "best_of_k/high_entropy",
+}
+
+
+def overrides(variant: dict[str, str], steps: int) -> dict[str, str]:
+    """Settings of a run; η is constant, so that no controller hides an effect, and the rate decays with the updates."""
+    updates = steps * (4 if variant.get("preset") == "released" else int(variant.get("train.updates_per_step", 1)))
+    return {
+        "train.steps": str(steps),
+        "train.eval_every": "0",
+        "eta.schedule": "constant",
+        "advantage.eta": "0.6",
+        "optimizer.decay_steps": str(updates),
+        "optimizer.warmup_steps": str(5 * updates // steps),
+    } | variant
+
+
+def run(name: str, settings: dict[str, str], cores: "Queue[int]") -> None:
+    """One training run on a core of its own; raises where it fails."""
+    if (FOLDER / name / "summary.json").is_file():
+        return
+    core = cores.get()
+    command = [
+        sys.executable,
+        "-m",
+        "policy_split_jax.cli",
+        "train",
+        "configs/tiny.yaml",
+        f"output={FOLDER}",
+        f"name={name}",
+    ]
+    try:
+        with (FOLDER / f"{name}.log").open("a") as log:
+            subprocess.run(
+                [*command, *(f"{key}={value}" for key, value in settings.items())],
+                stdout=log, stderr=log, check=True, preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+            )  # fmt: skip
+    finally:
+        cores.put(core)
+
+
+def last(name: str) -> dict[str, float]:
+    """The last evaluation."""
+    lines = (FOLDER / name / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == "eval"][-1]
+
+
+def cell(values: list[float]) -> str:
+    return f"{mean(values):.3f}" + (f" ({stdev(values):.3f})" if len(values) > 1 else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--parallel", type=int, default=len(os.sched_getaffinity(0)))
+    chosen = parser.parse_args()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    names = {(title, seed): f"{at}-seed{seed}" for seed in chosen.seeds for at, title in enumerate(VARIANTS)}
+    cores: Queue[int] = Queue()
+    for core in sorted(os.sched_getaffinity(0))[: chosen.parallel]:
+        cores.put(core)
+    with ThreadPoolExecutor(chosen.parallel) as pool:
+        jobs = [
+            pool.submit(run, name, overrides(VARIANTS[title], chosen.steps) | {"train.seed": str(seed)}, cores)
+            for (title, seed), name in names.items()
+        ]
+        for job in jobs:
+            job.result()
+    print(f"| {' | '.join(['', *FIGURES])} |\n|{'---|' * (len(FIGURES) + 1)}")
+    for title in VARIANTS:
+        ends = [last(names[title, seed]) for seed in chosen.seeds]
+        print(f"| {title} | {' | '.join(cell([end[key] for end in ends]) for key in FIGURES.values())} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """What each difference of the released trainer changes on the embedded task: training runs, then a table.
 
-    python experiments/released.py [--seeds 0 1 2] [--steps 150] [--parallel 2]
+    python experiments/released.py [--seeds 0 1 2] [--steps 120] [--parallel 2]
 
 Runs are ordinary ones of the command line, one core each, in runs/released; what is there already is not run again, and
 what was interrupted goes on. The table has means over seeds, and in brackets the standard deviation.
@@ -49,6 +49,7 @@ def overrides(variant: dict[str, str], steps: int) -> dict[str, str]:
     return {
         "train.steps": str(steps),
         "train.eval_every": "0",
+        "rollout.questions_per_step": "32",
         "eta.schedule": "constant",
         "advantage.eta": "0.6",
         "optimizer.decay_steps": str(updates),
@@ -74,7 +75,9 @@ def run(name: str, settings: dict[str, str], cores: "Queue[int]") -> None:
         with (FOLDER / f"{name}.log").open("a") as log:
             subprocess.run(
                 [*command, *(f"{key}={value}" for key, value in settings.items())],
-                stdout=log, stderr=log, check=True, preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+                stdout=log, stderr=log, check=True,
+                env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(FOLDER.resolve() / "compiled")},
+                preexec_fn=lambda: os.sched_setaffinity(0, {core}),
             )  # fmt: skip
     finally:
         cores.put(core)
@@ -93,7 +96,7 @@ def cell(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--parallel", type=int, default=len(os.sched_getaffinity(0)))
     chosen = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)

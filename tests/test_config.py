@@ -12,6 +12,7 @@ import yaml
 from policy_split_jax import config as settings
 from policy_split_jax.config import EtaConfig, RunConfig, SftConfig, from_dict, known_keys, load, to_dict
 from policy_split_jax.errors import UserError
+from policy_split_jax.modes import HIGH_ENTROPY, NORMAL
 from policy_split_jax.training.update import UpdateConfig
 
 PACKAGE = Path(importlib.util.find_spec("policy_split_jax").origin).parent
@@ -179,6 +180,19 @@ def test_an_unknown_section_in_the_file(write):
         ("reward.workers=0", ["reward", "workers is 0"]),
         ("reward.time_limit=0", ["reward", "time_limit is 0"]),
         ("data.test_size=0", ["data", "test_size is 0"]),
+        ("preset=verl", ["preset is 'verl'", "'paper' or 'released'"]),
+        ("preset=", ["preset is None", "'paper' or 'released'"]),
+        ("objective=ppo", ["objective is 'ppo'", "'policy_split'", "'grpo'", "'kl_cov'", "'entropy_advantage'"]),
+        ("sharing.high_entropy_prompt=user", ["sharing.high_entropy_prompt is 'user'", "'system' or 'user_turn'"]),
+        ("sharing.response=ids", ["sharing.response is 'ids'", "'tokens' or 'text'"]),
+        ("sharing.exact=true", ["unknown key sharing.exact"]),
+        ("train.update_order=random", ["train.update_order is 'random'", "'questions' or 'quarters'"]),
+        ("train.dump_rollouts=perhaps", ["train.dump_rollouts is 'perhaps'"]),
+        ("baseline.grpo.share=1", ["unknown key baseline.grpo"]),
+        ("baseline.forking_tokens.share=0", ["baseline.forking_tokens", "share is 0", "(0, 1]"]),
+        ("baseline.clip_cov.low=5", ["baseline.clip_cov", "low is 5", "below high, which is 5"]),
+        ("baseline.kl_cov.coefficient=-1", ["baseline.kl_cov", "coefficient is -1", "at least 0"]),
+        ("baseline.entropy_advantage.kappa=0", ["baseline.entropy_advantage", "kappa is 0", "at least 1"]),
     ],
 )
 def test_a_bad_value_is_named(write, override, words):
@@ -243,6 +257,153 @@ def test_a_missing_file(tmp_path):
     assert message.startswith(f"{tmp_path / 'none.yaml'}: no such configuration file")
 
 
+ONE_MODE = "trains one mode: train.update_order and sharing.* need two"
+NOT_PACKED = "train.microbatch_rows packs neither train.update_order=quarters nor sharing.*; set it to 0"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["objective=grpo", "train.update_order=quarters"], f"objective grpo {ONE_MODE}"),
+        (["objective=clip_cov", "sharing.response=text"], f"objective clip_cov {ONE_MODE}"),
+        (["objective=kl_cov", "sharing.high_entropy_prompt=user_turn"], f"objective kl_cov {ONE_MODE}"),
+        (["objective=grpo", "preset=released"], f"objective grpo {ONE_MODE}"),
+        (["train.microbatch_rows=8", "train.update_order=quarters"], NOT_PACKED),
+        (["train.microbatch_rows=8", "sharing.response=text"], NOT_PACKED),
+        (["train.microbatch_rows=8", "sharing.high_entropy_prompt=user_turn"], NOT_PACKED),
+        (["train.microbatch_rows=8", "preset=released"], NOT_PACKED),
+        (["baseline.clip_cov.share=0.1"], "baseline.clip_cov is set, but the objective is policy_split"),
+        (
+            ["baseline.clip_cov.share=0.1", "objective=kl_cov"],
+            "baseline.clip_cov is set, but the objective is kl_cov",
+        ),
+        (
+            ["preset=released", "rollout.questions_per_step=6"],
+            "train.updates_per_step (4) must divide rollout.questions_per_step (6)",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named(write, overrides, words):
+    path = write("name: a\n")
+    assert refusal(lambda: load(RunConfig, path, overrides)) == f"{path}: {words}"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["objective=grpo", "train.microbatch_rows=8"],
+        ["objective=clip_cov", "baseline.clip_cov.share=0.1", "baseline.kl_cov.share=0.0002"],
+        ["train.update_order=quarters", "train.updates_per_step=4", "train.microbatch_questions=2"],
+        ["preset=released"],
+    ],
+)
+def test_settings_that_go_together_are_taken(write, overrides):
+    config = load(RunConfig, write("name: a\n"), overrides)
+    plain = flat(to_dict(config))
+    for key, value in (override.split("=") for override in overrides):
+        assert str(plain[key]) == value
+
+
+@pytest.mark.parametrize(
+    ("objective", "modes"), [("policy_split", (NORMAL, HIGH_ENTROPY)), ("grpo", (NORMAL,)), ("clip_cov", (NORMAL,))]
+)
+def test_every_objective_has_as_many_rollouts(write, objective, modes):
+    """A mode that samples alone samples for both."""
+    config = load(RunConfig, write("name: a\n"), [f"objective={objective}", "rollout.rollouts_per_mode=3"])
+    assert (config.modes, config.rollouts) == (modes, 6)
+
+
+# ------------------------------------------------------------------------------------------------ presets
+
+# The differences of the released trainer, as the table of the method's description counts them (1 to 5).
+RELEASED = {
+    "advantage.clamp": "scaled_bonus",
+    "advantage.bonus_repeats": 2,
+    "sharing.high_entropy_prompt": "user_turn",
+    "sharing.response": "text",
+    "train.update_order": "quarters",
+    "train.updates_per_step": 4,
+}
+
+
+def changes(config, other):
+    """The settings of `config` in which it differs from `other`."""
+    before = flat(to_dict(other))
+    return {key: value for key, value in flat(to_dict(config)).items() if value != before[key]}
+
+
+def test_the_preset_changes_what_the_released_trainer_does_differently(write):
+    path = write("name: a\n")
+    paper, released = load(RunConfig, path), load(RunConfig, path, ["preset=released"])
+    assert changes(released, paper) == {"preset": "released"} | RELEASED
+    assert load(RunConfig, path, ["preset=paper"]) == paper
+
+
+def test_what_is_written_wins_over_the_preset(write):
+    """In the file or on the command line, even where it is the paper's value; the rest of a section is untouched."""
+    path = write("name: a\npreset: released\nadvantage: {bonus_repeats: 1, eta: 0.5}\nsharing: {}\n")
+    config = load(RunConfig, path, ["train.updates_per_step=2", "sharing.response=tokens", "train.steps=7"])
+    paper = load(RunConfig, write("name: a\n"))
+    assert changes(config, paper) == {
+        "preset": "released",
+        "advantage.clamp": "scaled_bonus",
+        "advantage.eta": 0.5,
+        "sharing.high_entropy_prompt": "user_turn",
+        "train.update_order": "quarters",
+        "train.updates_per_step": 2,
+        "train.steps": 7,
+    }
+
+
+def test_the_preset_names_the_options_that_are_off_by_default_in_both():
+    """It does not follow other defaults."""
+    named = flat(settings.RELEASED)
+    paper = flat(to_dict(from_dict(RunConfig, {"name": "a"}, "test")))
+    options = {"normalize": "zscore", "low_quantile": 0.0, "only_uniform_groups": False, "surprise": "neg_logprob"}
+    same = {f"advantage.{name}": value for name, value in options.items()}
+    assert named == RELEASED | same
+    assert {key: paper[key] for key in same} == same
+
+
+@pytest.mark.parametrize(
+    ("lines", "grader"),
+    [
+        ("", "countdown"),
+        ("data: {train: embedded}\n", "countdown"),
+        ("data: {test: questions.jsonl}\n", "countdown"),
+        ("data: {train: questions.jsonl}\n", "released"),
+        ("data: {train: questions.jsonl}\nreward: {workers: 1}\n", "released"),
+        ("data: {train: questions.jsonl}\nreward: {grader: math}\n", "math"),
+    ],
+)
+def test_the_preset_grades_questions_of_a_file(write, lines, grader):
+    assert load(RunConfig, write(f"name: a\npreset: released\n{lines}")).reward.grader == grader
+    if "grader" not in lines:
+        assert load(RunConfig, write(f"name: a\n{lines}")).reward.grader == "countdown"
+
+
+def test_a_resolved_configuration_with_a_preset_stays_as_it_is(write):
+    """A run's config.yaml names the preset and every setting."""
+    path = write("name: a\npreset: released\ndata: {train: q.jsonl}\n")
+    config = load(RunConfig, path, ["advantage.bonus_repeats=1", "reward.grader=math"])
+    again = load(RunConfig, write(yaml.safe_dump(to_dict(config))))
+    assert again == config
+    assert (again.advantage.bonus_repeats, again.reward.grader, again.preset) == (1, "math", "released")
+
+
+def test_a_preset_leaves_the_settings_as_they_were_given():
+    tree = {"name": "a", "preset": "released", "data": {"train": "q.jsonl"}, "train": {"steps": 3}}
+    merged = settings.with_preset(tree)
+    assert tree == {"name": "a", "preset": "released", "data": {"train": "q.jsonl"}, "train": {"steps": 3}}
+    assert merged["train"] == {"update_order": "quarters", "updates_per_step": 4, "steps": 3}
+
+
+@pytest.mark.parametrize("section", ["advantage", "sharing", "train", "data", "reward"])
+def test_a_section_that_is_none_is_named_with_a_preset_too(write, section):
+    path = write("name: a\npreset: released\n")
+    assert refusal(lambda: load(RunConfig, path, [f"{section}=3"])).startswith(f"{path}: {section} is 3")
+
+
 def test_the_high_entropy_prompt_may_stand_in_a_file(tmp_path, write):
     path = tmp_path / "prompt.txt"
     path.write_text("  Surprise me.\n", encoding="utf-8")
@@ -258,18 +419,21 @@ def test_the_high_entropy_prompt_may_stand_in_a_file(tmp_path, write):
     assert f"{tmp_path / 'latin.txt'}: not UTF-8 at byte 0" in refusal(lambda: read("latin.txt"))
 
 
+def flat(tree):
+    """The values of a tree of settings by their dotted names."""
+    result = {}
+    for key, value in tree.items():
+        inner = flat(value) if isinstance(value, dict) else {None: value}
+        result |= {key if name is None else f"{key}.{name}": leaf for name, leaf in inner.items()}
+    return result
+
+
 def test_known_keys_are_all_leaves():
     keys = list(known_keys(RunConfig))
-    assert {"name", "output", "train.steps", "advantage.eta", "eta.target_kl"} <= set(keys)
+    assert {"name", "output", "train.steps", "advantage.eta", "eta.target_kl", "baseline.clip_cov.low"} <= set(keys)
     assert "train" not in keys
     assert len(keys) == len(set(keys))
-    plain = to_dict(from_dict(RunConfig, {"name": "a"}, "test"))
-    flat = [
-        f"{key}.{inner}" if isinstance(value, dict) else key
-        for key, value in plain.items()
-        for inner in (value if isinstance(value, dict) else [None])
-    ]
-    assert sorted(keys) == sorted(flat)
+    assert sorted(keys) == sorted(flat(to_dict(from_dict(RunConfig, {"name": "a"}, "test"))))
 
 
 # -------------------------------------------------------------------------------- every setting is read
@@ -400,10 +564,20 @@ def unread(kind, found):
     return missing
 
 
+def of_sections(found):
+    """What is read through an UpdateConfig, which is made of a RunConfig's sections, as reads of those sections."""
+    parts = [(key.partition(".")) for root, key in found if root is UpdateConfig and "." in key]
+    return {(nested(UpdateConfig, section), key) for section, _, key in parts}
+
+
+# What a preset changes is settled while the file is read, before there is a configuration (`with_preset`).
+READ_EARLIER = {RunConfig: ["preset"]}
+
+
 @pytest.mark.parametrize("kind", ROOTS, ids=lambda kind: kind.__name__)
 def test_every_setting_is_read(kind):
     found = set().union(*(reads_of(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")))
-    assert unread(kind, found) == []
+    assert unread(kind, found | of_sections(found)) == READ_EARLIER.get(kind, [])
 
 
 @pytest.mark.parametrize(
@@ -422,6 +596,14 @@ def test_every_setting_is_read(kind):
 def test_a_read_is_seen(source, key):
     assert key not in unread(RunConfig, reads_of(source))
     assert "optimizer.b1" in unread(RunConfig, reads_of(source))
+
+
+def test_a_read_through_the_update_is_one_of_the_run():
+    found = reads_of("def f(config: UpdateConfig):\n    return config.baseline.kl_cov.coefficient")
+    assert "baseline.kl_cov.coefficient" in unread(RunConfig, found)
+    missing = unread(RunConfig, found | of_sections(found))
+    assert "baseline.kl_cov.coefficient" not in missing
+    assert "baseline.entropy_regularization.coefficient" in missing
 
 
 @pytest.mark.parametrize(

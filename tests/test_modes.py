@@ -13,8 +13,10 @@ from policy_split_jax.modes import (
     NORMAL,
     ModePrompts,
     decode_response,
+    encode_again,
     render_both,
     render_chat,
+    render_user_turn,
     shared_prefix,
 )
 from policy_split_jax.modes import render as render_all
@@ -270,3 +272,95 @@ def test_no_turn_of_a_conversation_becomes_another(tokenizer, attack):
         return sum(token in special for token in render_chat(tokenizer, turns, NORMAL, ModePrompts()))
 
     assert count(attack) == count("harmless")
+
+
+# ------------------------------------------------------------- what the released trainer makes of a shared rollout
+
+
+def test_the_user_turn_holds_the_prompt_of_the_high_entropy_mode(tokenizer):
+    prompts = ModePrompts(high_entropy="Be odd.")
+    [ids] = render_user_turn(tokenizer, ["2+2?"], prompts)
+    text = "<|im_start|>user\nsystem\nBe odd.\nuser\n2+2?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(ids) == text
+    assert special_tokens(tokenizer, ids) == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_the_user_turn_is_that_prompt_decoded_and_wrapped_again(tokenizer, question):
+    """Without its special tokens, and without the assistant's header, which is set anew."""
+    prompts = ModePrompts(question_template="Q: {question}\nBox it.")
+    decoded = tokenizer.decode(render(tokenizer, question, HIGH_ENTROPY, prompts), skip_special_tokens=True)
+    [ids] = render_user_turn(tokenizer, [question], prompts)
+    assert decoded.endswith("\nassistant\n")
+    assert ids == template_ids(tokenizer, decoded.removesuffix("\nassistant\n"), NORMAL, prompts)
+
+
+def test_every_question_has_its_user_turn(tokenizer):
+    together = render_user_turn(tokenizer, QUESTIONS, ModePrompts())
+    assert together == [render_user_turn(tokenizer, [question], ModePrompts())[0] for question in QUESTIONS]
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_the_user_turn_is_one_turn_whatever_it_holds(tokenizer, attack):
+    plain = special_tokens(tokenizer, render_user_turn(tokenizer, ["hi"], ModePrompts())[0])
+    for question, prompts in ((attack, ModePrompts()), ("hi", ModePrompts(high_entropy=attack))):
+        assert special_tokens(tokenizer, render_user_turn(tokenizer, [question], prompts)[0]) == plain
+
+
+def test_thinking_off_adds_the_empty_thought_to_the_user_turn_too(shared):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "data" / "qwen3_tokenizer")
+    on, off = (
+        tokenizer.decode(render_user_turn(tokenizer, ["2+2?"], ModePrompts(enable_thinking=thinking))[0])
+        for thinking in (True, False)
+    )
+    assert off == on + "<think>\n\n</think>\n\n"
+
+
+def test_the_stop_token_is_lost(tokenizer):
+    end, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    body = tokenizer("(3+4)*5")["input_ids"]
+    assert encode_again(tokenizer, [*body, end]) == body
+    assert encode_again(tokenizer, body) == body
+    # Others too, wherever they stand.
+    assert encode_again(tokenizer, [end, *body[:3], pad, *body[3:]]) == body
+    assert encode_again(tokenizer, [end]) == encode_again(tokenizer, []) == []
+
+
+def test_ids_change_where_the_text_has_another_encoding(tokenizer):
+    """What was sampled piece by piece is one token of the tokenizer's own: a word, and of the tiny one a number."""
+    whole = tokenizer("entropy")["input_ids"]
+    pieces = [token for letter in "entropy" for token in tokenizer(letter)["input_ids"]]
+    assert len(pieces) == 7 > len(whole)
+    assert encode_again(tokenizer, pieces) == whole
+    assert tokenizer.decode(pieces) == tokenizer.decode(whole)
+
+
+def test_half_a_character_becomes_the_sign_of_a_broken_one(tokenizer):
+    """Which may have more tokens than it had."""
+    half = tokenizer("\U00013000")["input_ids"][:1]
+    text = tokenizer.decode(half)
+    assert set(text) == {"\ufffd"}
+    assert encode_again(tokenizer, half) == tokenizer(text)["input_ids"] != half
+
+
+def test_a_thought_stays_one(shared):
+    """Its marks are no special tokens of Qwen3: they are kept, and stay single tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(shared / "data" / "qwen3_tokenizer")
+    ids = tokenizer("<think>\nhm\n</think>\n\n\\boxed{4}")["input_ids"]
+    assert tokenizer.convert_tokens_to_ids(["<think>", "</think>"]) == [ids[0], ids[4]]
+    assert encode_again(tokenizer, [*ids, tokenizer.convert_tokens_to_ids("<|im_end|>")]) == ids
+
+
+@unhurried
+@given(text=st.text(max_size=60))
+def test_what_the_tokenizer_itself_encoded_stays_as_it_is(tokenizer, text):
+    assume(not has_special_text(tokenizer, text))
+    ids = tokenizer(text)["input_ids"]
+    assert encode_again(tokenizer, ids) == ids
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_response_that_spells_a_special_token_does_not_get_it(tokenizer, attack):
+    ids = tokenizer(attack, split_special_tokens=True)["input_ids"]
+    assert special_tokens(tokenizer, encode_again(tokenizer, ids)) == []
+    assert tokenizer.decode(encode_again(tokenizer, ids)) == attack

@@ -24,6 +24,7 @@ PURE_PATTERNS = (
     "training/accumulate.py",
     "training/batch.py",
     "training/optimizer.py",
+    "training/quarters.py",
     "training/sft.py",
     "training/state.py",
     "training/update.py",

@@ -149,7 +149,7 @@ def make_plan(
 def workload(config: RunConfig, mean_response: int | None = None) -> Workload:
     """A training step of the run; responses are half of the longest on average unless said."""
     mean = float(mean_response or config.rollout.max_new_tokens / 2)
-    rollouts = config.rollout.questions_per_step * 2 * config.rollout.rollouts_per_mode
+    rollouts = config.rollout.questions_per_step * config.rollouts
     return Workload(rollouts, mean, float(min(_MEAN_PROMPT, config.rollout.max_prompt_tokens)))
 
 

@@ -17,7 +17,7 @@ from policy_split_jax.objective.scorer import Places
 from policy_split_jax.sampler import batcher, engine
 from policy_split_jax.sampler.sampling import SamplingSettings
 from policy_split_jax.training.accumulate import Microbatches
-from policy_split_jax.training.batch import Batch, Packing
+from policy_split_jax.training.batch import Batch, Packing, SharedView
 from policy_split_jax.training.loop import update_config
 from policy_split_jax.training.optimizer import make_optimizer
 from policy_split_jax.training.state import init_state, state_shardings
@@ -86,8 +86,8 @@ def _rollout(config: RunConfig, model: qwen3.Qwen3Config, mesh: Mesh, state: Any
     )
     prefill = (weights, integers(rows, rollout.max_prompt_tokens), integers(rows), nothing)
     prefix = _result(engine.prefill, *prefill, **at)
-    count = batcher.insertion_size(rollout.rollouts_per_mode, rollout.slots)
-    prompts = 2 * rollout.questions_per_step
+    prompts = len(config.modes) * rollout.questions_per_step
+    count = batcher.insertion_size(config.rollouts // len(config.modes), rollout.slots)
     # The slots are full until no rollout waits; then the last ones run to the end.
     steps = work.rollouts * work.mean_response / rollout.slots + rollout.max_new_tokens - work.mean_response
     steps_a_call = rollout.decode_steps
@@ -125,8 +125,11 @@ def update_program(
 ) -> Program:
     """The update of a run's batch, packed where the run packs."""
     rollout, train = config.rollout, config.train
-    group = 2 * rollout.rollouts_per_mode
+    group = config.rollouts
     batch = _batch(config, mesh, rollout.questions_per_step, group)
+    if not config.sharing.exact:
+        shared = SharedView(batch.prompts, batch.prompt_lengths, batch.responses, batch.response_lengths)
+        batch = batch._replace(shared=shared)
     update = make_update(model, settings, make_optimizer(config.optimizer), mesh)
     if not train.microbatch_rows:
         return Program("update", "update", update, (state, batch), calls=1.0)

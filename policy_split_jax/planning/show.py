@@ -133,7 +133,7 @@ def _remedy(phase: str, over: int, plan: Plan, config: RunConfig) -> str:
     if phase == "score":
         return "Lower train.score_chunk or eval.k, or set a larger mesh.tp."
     rows = config.train.microbatch_rows
-    if rows > max(shards, 2 * config.rollout.rollouts_per_mode):
+    if rows > max(shards, config.rollouts):
         return f"Set train.microbatch_rows={max(shards, rows // 2 // shards * shards)}, or model.remat=full."
     if config.train.microbatch_questions != 1 and not rows:
         return "Set train.microbatch_questions=1, or train.microbatch_rows, or model.remat=full."

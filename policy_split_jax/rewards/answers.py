@@ -33,6 +33,19 @@ def after_hashes(text: str) -> str | None:
     return rest.strip().partition("\n")[0].strip() if mark else None
 
 
+def marked(text: str) -> str | None:
+    """The content of the last closed box, else what follows the last `####`; None without either."""
+    boxed = last_boxed(text)
+    return after_hashes(text) if boxed is None else boxed
+
+
+def reference(ground_truth: str | int | float) -> str:
+    """The answer in a ground truth, which is a bare answer or a text that marks one."""
+    text = str(ground_truth)
+    answer = marked(text)
+    return text.strip() if answer is None else answer
+
+
 def last_line(text: str) -> str:
     """The last line that is not blank, stripped; empty where all are."""
     return text.rstrip().rpartition("\n")[2].strip()

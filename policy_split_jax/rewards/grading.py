@@ -11,6 +11,8 @@ BUILT_IN = {
     "countdown": "policy_split_jax.rewards.countdown",
     "exact": "policy_split_jax.rewards.exact",
     "math": "policy_split_jax.rewards.maths",
+    "prm800k": "policy_split_jax.rewards.prm800k",
+    "released": "policy_split_jax.rewards.released",
 }
 
 

@@ -5,7 +5,7 @@ Sympy works on the model's text here, so time and memory are bounded only by a w
 
 from typing import Any
 
-from policy_split_jax.rewards.answers import after_hashes, after_think, last_boxed
+from policy_split_jax.rewards.answers import after_think, marked, reference
 
 
 def score(response: str, ground_truth: str | int | float) -> float:
@@ -25,13 +25,11 @@ def canonical(response: str, ground_truth: str | int | float) -> str | None:
     """The ground truth's answer where the response is correct (all correct answers are one), else None."""
     from math_verify import verify
 
-    expected = _answer(str(ground_truth))
-    if expected is None:
-        expected = str(ground_truth).strip()
+    expected = reference(ground_truth)
     gold = _parse(expected)
     if not gold:
         raise ValueError(f"the ground truth {expected[:80]!r} holds no mathematical answer")
-    answer = _answer(after_think(response))
+    answer = marked(after_think(response))
     if not answer:
         return None
     # No timeouts: math-verify's use signals, and the pool's limits also hold inside one long call.
@@ -41,12 +39,7 @@ def canonical(response: str, ground_truth: str | int | float) -> str | None:
 
 def answered(response: str, ground_truth: str | int | float) -> str | None:
     """The answer as it is written, right or wrong; None where there is none."""
-    return _answer(after_think(response)) or None
-
-
-def _answer(text: str) -> str | None:
-    boxed = last_boxed(text)
-    return after_hashes(text) if boxed is None else boxed
+    return marked(after_think(response)) or None
 
 
 def _parse(answer: str) -> list[Any]:

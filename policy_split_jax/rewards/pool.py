@@ -78,7 +78,7 @@ class _Worker:
 
 
 class GraderPool:
-    """Grades with "countdown", "exact", "math", `package.module:function` or `path/to/file.py:function`.
+    """Grades with one of `BUILT_IN`, `package.module:function` or `path/to/file.py:function`.
 
     `time_limit` is in seconds of wall time for each answer; starting a worker does not count. Use it as a
     context manager, from one thread at a time.

@@ -12,10 +12,11 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict
+from importlib import import_module
 from multiprocessing.connection import Connection
 
 from policy_split_jax.errors import UserError
-from policy_split_jax.rewards.grading import GradeItem, load_grader
+from policy_split_jax.rewards.grading import BUILT_IN, GradeItem, load_grader
 
 PARENT_CHECK_SECONDS = 1.0
 
@@ -48,10 +49,8 @@ def _serve(connection: Connection) -> None:
 
 def _warm_up(reward: str) -> None:
     """Imports what the first answer would, so that it does not count against that answer's time."""
-    if reward == "math":
-        from policy_split_jax.rewards import maths
-
-        maths.score(r"\boxed{\frac{1}{2}}", "0.5")
+    if reward in ("math", "prm800k", "released"):
+        import_module(BUILT_IN[reward]).score(r"</think> \boxed{\frac{x}{2} + 1}", "0.5x + 1")
 
 
 def _limit_memory(megabytes: int) -> None:

@@ -299,7 +299,7 @@ def run_mesh(config: RunConfig, model: qwen3.Qwen3Config, devices: Sequence[Any]
     shards = batch_shards(mesh)
     questions = config.train.microbatch_questions or rollout.questions_per_step // config.train.updates_per_step
     rollouts = ("rollouts of a microbatch (train.microbatch_questions x 2 x rollout.rollouts_per_mode)",
-                questions * 2 * rollout.rollouts_per_mode)  # fmt: skip
+                questions * config.rollouts)  # fmt: skip
     rows = ("train.microbatch_rows", config.train.microbatch_rows)
     for name, number in (("rollout.slots", rollout.slots), rows if config.train.microbatch_rows else rollouts):
         if number % shards:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Key
 
 from policy_split_jax import masked
 from policy_split_jax.model import qwen3
@@ -130,7 +130,7 @@ def make_update(
     whosever question they are.
     """
     shardings = None if mesh is None else state_shardings(model, optimizer, mesh)
-    step = _Step(model, config, optimizer, mesh, shardings)
+    step = Step(model, config, optimizer, mesh, shardings)
 
     @partial(jax.jit, donate_argnums=0, compiler_options=compiler_options(mesh))
     def update(state: TrainState, batch: Batch, packing: Packing | None = None) -> tuple[TrainState, Metrics]:
@@ -154,8 +154,8 @@ def make_update(
 
 
 @dataclass(frozen=True)
-class _Step:
-    """The parts of an update; what it holds is static."""
+class Step:
+    """The parts of an update, as functions of arrays; what it holds is static."""
 
     model: qwen3.Qwen3Config
     config: UpdateConfig
@@ -203,9 +203,7 @@ class _Step:
             moved = replace(config.advantage, eta=state.eta.eta)
             return Terms(dual_mode_advantages(seen, batch.rewards, training_mask(batch), moved, batch.graded))
         outcome = correctness_advantages(batch.rewards, batch.graded, config.advantage.norm_by_std)
-        # Rollouts' keys fold in small numbers, of questions.
-        step_key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), jnp.uint32(_LARGEST))
-        key = jax.random.fold_in(step_key, number)
+        key = selection_key(state, number)
         terms = baseline_terms(
             config.objective, outcome, scores.logprobs[0], scores.entropy[0], token_mask(batch), config.baseline, key
         )
@@ -347,6 +345,14 @@ class _Step:
             for mode, name in enumerate(MODE_NAMES)
         }
         return masked.total(losses[0] * weights, each.mask), Measures(means, {})
+
+
+def selection_key(state: TrainState, number: Array | int) -> Key[Array, ""]:
+    """What a step's update of this number chooses tokens with."""
+    # Rollouts' keys fold small numbers into the step's, those of questions.
+    return jax.random.fold_in(
+        jax.random.fold_in(jax.random.fold_in(state.key, state.step), jnp.uint32(_LARGEST)), number
+    )
 
 
 def measure(record: TokenRecord, batch: Batch) -> Measures:

@@ -64,6 +64,24 @@ def test_both_modes_together():
     assert row["only_high_entropy_solved"] == 0.5
 
 
+@pytest.mark.parametrize(("normal", "name"), [(True, "normal"), (False, "high_entropy")])
+def test_what_one_mode_sampled_has_its_figures_alone(normal, name):
+    """Those of the baselines, of which the other mode has none: not its share, and not that of both."""
+    first, second = [(1.0, "8"), (0.0, "7"), (None, None)], [(1.0, "3"), (1.0, "4", "length"), (0.0, "5")]
+    rows = [group(answers, []) if normal else group([], answers) for answers in (first, second)]
+    row = evaluate.outcome_metrics(rows)
+    assert row == {
+        # (1/2 + 2/3) / 2: what was not graded counts nowhere.
+        f"reward/{name}": pytest.approx(7 / 12),
+        f"accuracy/{name}": pytest.approx(7 / 12),
+        f"response_length/{name}": 3.0,
+        f"truncated/{name}": pytest.approx(1 / 6),
+        f"best_of_k/{name}": 1.0,
+        f"distinct_correct/{name}": 1.5,
+        "grader/failed": 1,
+    }
+
+
 def test_long_answers_are_scored_fewer_at_a_time(monkeypatch):
     # 16 tokens a question.
     for budget, expected in ((64, 4), (1000, 4), (40, 2), (16, 1), (3, 1)):

@@ -48,8 +48,10 @@ def _clamped(bonus, eta, advantage, config):
 
 
 def dual_mode_advantages(logprobs, rewards, mask, config, valid=None):
+    """The mask is that of both modes, or one for each; a mode's log-probabilities are 0 where it has no tokens."""
     logprobs, rewards = np.asarray(logprobs, np.float64), np.asarray(rewards, np.float64)
-    mask = np.asarray(mask)
+    mask = np.broadcast_to(np.asarray(mask), logprobs.shape)
+    logprobs = np.where(mask, logprobs, 0.0)
     _, questions, rollouts, length = logprobs.shape
     valid = np.ones((questions, rollouts), bool) if valid is None else np.asarray(valid)
     result = np.zeros(logprobs.shape)
@@ -59,11 +61,11 @@ def dual_mode_advantages(logprobs, rewards, mask, config, valid=None):
             continue
         group = [float(rewards[p, i]) for i in graded]
         advantage = dict(zip(graded, _correctness(group, config.norm_by_std), strict=True))
-        tokens = [(i, t) for i in graded for t in range(length) if mask[p, i, t]]
-        if not tokens:
-            continue
         gets_bonus = not config.only_uniform_groups or len(set(group)) == 1
         for mode, eta in enumerate((config.eta_normal, config.eta)):
+            tokens = [(i, t) for i in graded for t in range(length) if mask[mode, p, i, t]]
+            if not tokens:
+                continue
             own, other = logprobs[mode, p], logprobs[1 - mode, p]
             raw = {(i, t): -config.alpha * own[i, t] - (1 - config.alpha) * other[i, t] for i, t in tokens}
             normalized = _normalized(raw, config.normalize)

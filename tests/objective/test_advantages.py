@@ -95,6 +95,38 @@ def test_agrees_with_plain_loops_for_any_coefficients(oracle, seed, alpha, eta, 
     np.testing.assert_allclose(compute(*case[:3], config, case[3]), expected, **TOLERANCE)
 
 
+@few
+@given(seed=seeds, kappa=st.sampled_from([0.0, 1.0]), low_quantile=st.sampled_from([0.0, 0.37]))
+def test_modes_may_have_tokens_of_their_own(oracle, seed, kappa, low_quantile):
+    """Statistics are of a mode's own tokens; where only one of the two has a token, the other has nothing to add."""
+    logprobs, rewards, mask, valid = random_case(seed)
+    rng = np.random.default_rng(seed)
+    lengths = np.maximum(mask.sum(-1) + rng.integers(-2, 3, mask.shape[:2]), 0)
+    masks = np.stack([mask, np.arange(LENGTH) < lengths[..., None]])[rng.permutation(2)]
+    logprobs = -rng.gamma(1.0, 2.0, logprobs.shape).astype(np.float32)
+    logprobs = np.where(masks & valid[..., None], logprobs, rng.choice(GARBAGE, logprobs.shape))
+    config = AdvantageConfig(alpha=0.3, eta=0.5, eta_normal=0.2, kappa=kappa, low_quantile=low_quantile)
+    found = compute(logprobs, rewards, masks, config, valid)
+    np.testing.assert_allclose(found, oracle.dual_mode_advantages(logprobs, rewards, masks, config, valid), **TOLERANCE)
+    np.testing.assert_array_equal(found[~(masks & valid[..., None])], 0.0)
+
+
+def test_bonuses_by_position_by_hand():
+    """α = 1/4; of the second rollout the high-entropy mode has one token more, and of the first one less.
+
+    −logp_N = 1 1 | 3 and −logp_HE = 1 | 3 3. HE mode: b = HE/4 + 3N/4 = 1 | 3 3/4, mean 19/12. Normal mode:
+    b' = N/4 + 3HE/4 = 1 1/4 | 3, mean 17/12.
+    """
+    nan = np.nan
+    logprobs = -np.array([[[[1, 1], [3, nan]]], [[[1, nan], [3, 3]]]], np.float32)
+    config = AdvantageConfig(alpha=0.25, eta=1.0, eta_normal=1.0, kappa=0.0)
+    found = compute(logprobs, [[0.0, 0.0]], ~np.isnan(logprobs), config)
+    for mode, bonus, places in ((0, [1, 0.25, 3], [0, 1, 2]), (1, [1, 3, 0.75], [0, 2, 3])):
+        expected = (np.array(bonus) - np.mean(bonus)) / np.std(bonus, ddof=1)
+        np.testing.assert_allclose(found[mode].ravel()[places], expected, atol=2e-6)
+        assert found[mode].ravel()[3 if mode == 0 else 1] == 0
+
+
 def test_without_valid_every_rollout_counts(oracle):
     case = plain_case(0)
     expected = oracle.dual_mode_advantages(*case, AdvantageConfig())
@@ -550,7 +582,7 @@ def test_a_bad_setting_is_refused_by_name(field, value):
         AdvantageConfig(**{field: value})
 
 
-@pytest.mark.parametrize(("field", "value"), [("normalize", "softmax"), ("clamp", "advantage")])
+@pytest.mark.parametrize(("field", "value"), [("normalize", "softmax"), ("clamp", "advantage"), ("surprise", "logits")])
 def test_an_unknown_name_is_refused(field, value):
     # Set past the constructor, where the type checks of the tests would refuse it first.
     config = AdvantageConfig()

@@ -1,7 +1,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy_split_jax.rewards.answers import after_hashes, after_think, last_boxed, last_line
+from policy_split_jax.rewards.answers import after_hashes, after_think, last_boxed, last_line, marked, reference
 
 
 def test_the_last_box_counts_and_its_braces_balance():
@@ -29,6 +29,14 @@ def test_many_open_boxes_take_linear_time():
 def test_thinking_ends_at_its_last_mark():
     assert after_think("<think>a</think>b</think> c") == " c"
     assert after_think("<think>never ended") == "<think>never ended"
+
+
+def test_a_box_goes_before_hashes_and_a_bare_reference_is_its_own_answer():
+    assert marked(r"\boxed{1} and #### 2") == "1"
+    assert marked("work\n#### 2") == "2"
+    assert marked("2") is None
+    assert reference(r"so \boxed{1}") == reference("so\n#### 1") == reference(" 1 ") == reference(1) == "1"
+    assert reference(r"\boxed{}") == reference("") == ""
 
 
 def test_hashes_and_last_line():

@@ -5,8 +5,8 @@ import pytest
 
 from policy_split_jax.modes import HIGH_ENTROPY, NORMAL
 from policy_split_jax.sampler.batcher import Rollout
-from policy_split_jax.training.batch import Batch
-from policy_split_jax.training.collate import make_batch
+from policy_split_jax.training.batch import Batch, SharedView
+from policy_split_jax.training.collate import SharedGroup, make_batch
 
 
 def rollout(tokens, reason="stop"):
@@ -46,13 +46,51 @@ def test_a_batch_by_hand():
             [[-1.5, -1.6, 0, 0, 0, 0], [-1.7, -1.8, -1.9, -2.0, 0, 0]],
         ],
     )
-    for name in Batch._fields:
+    assert batch.shared is None
+    for name in set(Batch._fields) - {"shared"}:
         # Tenths are rounded to float32; the rest is exact.
         np.testing.assert_allclose(getattr(batch, name), getattr(expected, name), rtol=1e-6, err_msg=name)
 
 
+SHARED = [
+    SharedGroup(([1, 2], [3, 4, 5, 6]), [[11, 12], np.array([14, 15], np.int32)]),
+    SharedGroup(([6], [9]), [[], [17]]),
+]
+
+
+def test_shared_rollouts_by_hand():
+    """The same widths serve both; of what was sampled nothing changes."""
+    batch = batch_of(shared=SHARED)
+    expected = SharedView(
+        prompts=[[[0, 0, 1, 2], [3, 4, 5, 6]], [[0, 0, 0, 6], [0, 0, 0, 9]]],
+        prompt_lengths=[[2, 4], [1, 1]],
+        responses=[[[11, 12, 0, 0, 0, 0], [14, 15, 0, 0, 0, 0]], [[0, 0, 0, 0, 0, 0], [17, 0, 0, 0, 0, 0]]],
+        response_lengths=[[2, 2], [0, 1]],
+    )
+    for name in SharedView._fields:
+        found = getattr(batch.shared, name)
+        np.testing.assert_array_equal(found, getattr(expected, name), err_msg=name)
+        assert found.dtype == np.int32
+    for name in set(Batch._fields) - {"shared"}:
+        np.testing.assert_array_equal(getattr(batch, name), getattr(batch_of(), name), err_msg=name)
+
+
+@pytest.mark.parametrize("sampled", [3, 20])
+def test_a_width_is_that_of_the_longest_whoever_trains_on_it(sampled):
+    """20 tokens need 32 columns, whether they were sampled or are shared."""
+    prompts, rollouts = list(range(sampled)), [[rollout(range(sampled)), rollout([1])], ROLLOUTS[1]]
+    other = list(range(23 - sampled))
+    shared = [SharedGroup((other, [1]), [other, [1]]), SHARED[1]]
+    batch = batch_of(
+        rollouts=rollouts, prompts=[(prompts, [1]), PROMPTS[1]], shared=shared, max_prompt_tokens=64, max_new_tokens=64
+    )
+    assert batch.prompts.shape == batch.shared.prompts.shape == (2, 2, 32)
+    assert batch.responses.shape == batch.shared.responses.shape == batch.sampler_logprobs.shape == (2, 2, 32)
+    assert batch.shared.responses[0, 0, : 23 - sampled].tolist() == other
+
+
 def test_types_are_those_that_the_update_is_compiled_for():
-    kinds = {name: values.dtype for name, values in batch_of()._asdict().items()}
+    kinds = {name: values.dtype for name, values in batch_of()._asdict().items() if name != "shared"}
     assert kinds == {
         "prompts": np.int32,
         "prompt_lengths": np.int32,

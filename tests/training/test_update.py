@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from policy_split_jax.config import OptimizerConfig
 from policy_split_jax.model import huggingface
@@ -23,6 +22,7 @@ from policy_split_jax.training.optimizer import make_optimizer
 from policy_split_jax.training.state import init_state
 from policy_split_jax.training.update import TokenRecord, UpdateConfig, make_update, measure
 
+# Those of the batches (`conftest.py`).
 VOCAB, QUESTIONS, GROUP, WIDTH, LENGTH = 64, 4, 4, 12, 7
 AGGREGATES = ("token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean", "constant")
 ETA = 0.5
@@ -32,75 +32,6 @@ FUSED = UpdateConfig(advantage=AdvantageConfig(alpha=0.3, kappa=1.0), clip_low=0
 
 
 # ------------------------------------------------------------------------------------------------ inputs
-
-
-def make_torch_model():
-    """Grouped queries (two to a kv head), tied embeddings, weights far from an untrained model's."""
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            tie_word_embeddings=True,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-            attn_implementation="eager",
-        )
-    )
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            spread = 0.3 if weight.ndim == 1 else weight.shape[-1] ** -0.5
-            weight.copy_(float("norm" in name) + spread * torch.randn(weight.shape))
-    return model
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    make_torch_model().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(saved):
-    return huggingface.load_config(saved)
-
-
-@pytest.fixture(scope="module")
-def params(saved):
-    return huggingface.load_params(saved)
-
-
-def make_batch(seed):
-    """Ragged prompts and responses, both modes in no order, one ungraded rollout, garbage in the padding."""
-    draw = np.random.default_rng(seed)
-    tokens = draw.integers(0, VOCAB, (QUESTIONS, GROUP, LENGTH)).astype(np.int32)
-    lengths = draw.integers(1, LENGTH + 1, (QUESTIONS, GROUP)).astype(np.int32)
-    lengths[0, 0], lengths[1, 1] = LENGTH, 1
-    graded = np.ones((QUESTIONS, GROUP), bool)
-    graded[2, 1] = False
-    rewards = draw.choice([0.0, 0.25, 1.0], (QUESTIONS, GROUP)).astype(np.float32)
-    rewards[:, 0], rewards[:, 3] = 1.0, 0.0
-    return Batch(
-        prompts=draw.integers(0, VOCAB, (QUESTIONS, 2, WIDTH)).astype(np.int32),
-        prompt_lengths=np.array([[3, 9], [5, WIDTH], [2, 7], [4, 8]], np.int32),
-        responses=tokens,
-        response_lengths=lengths,
-        modes=np.array([[0, 1, 1, 0], [1, 0, 1, 0], [0, 0, 1, 1], [1, 1, 0, 0]], np.int32),
-        truncated=lengths == LENGTH,
-        rewards=rewards,
-        graded=graded,
-        sampler_logprobs=draw.normal(-4.0, 0.5, tokens.shape).astype(np.float32),
-    )
-
-
-@pytest.fixture(scope="module")
-def batches():
-    return [make_batch(seed) for seed in range(3)]
 
 
 def fresh_state(params, optimizer, eta=ETA):
@@ -206,7 +137,9 @@ def torch_step(model, optimizer, batch, config, eta, gradient_clip):
 @pytest.mark.parametrize(
     ("updates", "microbatch", "temperature"), [(1, 0, 1.0), (2, 1, 0.7)], ids=["fused", "two updates"]
 )
-def test_three_steps_are_those_of_pytorch(model, params, batches, tmp_path, updates, microbatch, temperature):
+def test_three_steps_are_those_of_pytorch(
+    make_torch_model, model, params, batches, tmp_path, updates, microbatch, temperature
+):
     config = UpdateConfig(
         advantage=FUSED.advantage,
         clip_low=FUSED.clip_low,
@@ -239,7 +172,7 @@ def test_three_steps_are_those_of_pytorch(model, params, batches, tmp_path, upda
     assert largest_change(params, theirs) > 1e-3
 
 
-def test_the_gradient_is_that_of_pytorch(model, params, batches, tmp_path):
+def test_the_gradient_is_that_of_pytorch(make_torch_model, model, params, batches, tmp_path):
     """Before any optimizer: SGD of rate 1 subtracts the gradient itself."""
     oracle = make_torch_model()
     optimizer = torch.optim.SGD(oracle.parameters(), lr=1.0)
@@ -258,9 +191,9 @@ def test_the_gradient_is_that_of_pytorch(model, params, batches, tmp_path):
 # --------------------------------------------------------------------------------- metrics, real model
 
 
-def float64_metrics(batch, temperature):
+def float64_metrics(oracle, batch, temperature):
     """Every metric of the distributions from whole logits in float64: (name -> value)."""
-    oracle = make_torch_model().double()
+    oracle.double()
     values = {}
 
     def record(name, number):
@@ -290,17 +223,17 @@ def float64_metrics(batch, temperature):
     return {name: np.mean(numbers) for name, numbers in values.items()} | {"sampler/max_difference": largest}
 
 
-def test_metrics_are_those_of_whole_logits_in_float64(model, params, batches):
+def test_metrics_are_those_of_whole_logits_in_float64(make_torch_model, model, params, batches):
     """At another temperature than 1, which belongs to every log-probability, entropy and divergence."""
     config = UpdateConfig(temperature=0.7, eta=EtaConfig("target_kl", target_kl=0.2))
     _, [metrics] = run(model, params, batches[:1], config)
-    expected = float64_metrics(batches[0], 0.7)
+    expected = float64_metrics(make_torch_model(), batches[0], 0.7)
     assert len(expected) == 12
     for name, value in expected.items():
         # Means of some 30 float32 values up to 10, and the exponential in k3 of errors near 1e-6.
         assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
     assert expected["kl/high_entropy_to_normal"] > 0.05
-    at_one = float64_metrics(batches[0], 1.0)
+    at_one = float64_metrics(make_torch_model(), batches[0], 1.0)
     assert abs(at_one["entropy/normal"] - expected["entropy/normal"]) > 0.1
 
 
@@ -359,11 +292,11 @@ def test_metrics_by_hand():
     assert metrics == pytest.approx(expected, abs=1e-6)  # a few float32 operations on values near 1
 
 
-def test_the_first_scores_are_what_the_sampler_is_compared_with(model, params, batches):
+def test_the_first_scores_are_what_the_sampler_is_compared_with(make_torch_model, model, params, batches):
     """With several updates the policy moves within a step; the sampler's agreement must not see that."""
     config = UpdateConfig(updates_per_step=2, microbatch_questions=1, score_chunk=3)
     _, [metrics] = run(model, params, batches[:1], config, OptimizerConfig(learning_rate=0.03))
-    expected = float64_metrics(batches[0], 1.0)
+    expected = float64_metrics(make_torch_model(), batches[0], 1.0)
     # float32 log-probabilities of size 5.
     assert metrics["sampler/max_difference"] == pytest.approx(expected["sampler/max_difference"], abs=1e-4)
 
@@ -437,31 +370,6 @@ def test_equal_rewards_give_no_gradient(model, params, batches):
 
 
 # ------------------------------------------- the same numbers along other paths, on a policy that compiles fast
-
-
-def bag_scores(
-    params, prompts, prompt_lengths, responses, response_lengths, *, config, places, dtype, remat, temperature, chunk,
-    with_kl, mesh,
-):  # fmt: skip
-    """Stands in for `score_rollouts`: the next token depends on the last one and on the mean of the prompt."""
-    table = params["table"]
-    real = jnp.arange(prompts.shape[-1]) >= prompts.shape[-1] - prompt_lengths[..., None]
-    context = jnp.einsum("pms,pmsd->pmd", real.astype(table.dtype), table[prompts]) / prompt_lengths[..., None]
-    shape = (prompts.shape[0], 2, *responses.shape[1:])
-    last = jnp.broadcast_to(prompts[:, :, None, -1:], (*shape[:3], 1))
-    before = jnp.concatenate([last, jnp.broadcast_to(responses[:, None, :, :-1], (*shape[:3], shape[3] - 1))], -1)
-    logits = (table[before] + context[:, :, None, None]) @ table.T / temperature
-    logp = jnp.moveaxis(jax.nn.log_softmax(logits), 1, 0)
-    chosen = jnp.take_along_axis(logp, jnp.broadcast_to(responses, logp.shape[:-1])[..., None], -1)[..., 0]
-    entropy = -jnp.sum(jnp.exp(logp) * logp, -1)
-    return TokenScores(chosen, entropy, jnp.sum(jnp.exp(logp) * (logp - logp[::-1]), -1))
-
-
-@pytest.fixture
-def bag(monkeypatch):
-    """Parameters of the stand-in policy, which the update scores with in this test."""
-    monkeypatch.setattr(update_module, "score_rollouts", bag_scores)
-    return {"table": jnp.asarray(np.random.default_rng(5).normal(0, 0.7, (VOCAB, 8)), jnp.float32)}
 
 
 def one_step(params, batch, config, model, eta=ETA):
@@ -547,7 +455,7 @@ def test_the_modes_column_decides_what_is_measured(bag, model, batches):
     assert abs(other["entropy/normal"] - metrics["entropy/normal"]) > 1e-3
 
 
-def test_two_updates_are_two_minibatches_with_frozen_old_logprobs(bag, model, batches):
+def test_two_updates_are_two_minibatches_with_frozen_old_logprobs(bag, bag_scores, model, batches):
     """By hand, from the objective's parts: score, then two gradient steps on halves of the questions."""
     batch, config = batches[0], UpdateConfig(updates_per_step=2, clip_low=0.05, clip_high=0.02)
     mask = (jnp.arange(LENGTH) < batch.response_lengths[..., None]) & batch.graded[..., None]

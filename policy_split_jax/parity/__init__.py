@@ -1,0 +1,1 @@
+"""Comparison with runs of the authors' PyTorch trainer, which is built on verl."""

@@ -21,6 +21,7 @@ from policy_split_jax import processes
 from policy_split_jax.config import RunConfig
 from policy_split_jax.data.dataset import load_rows, make_iterator, restore_state, state_to_json
 from policy_split_jax.data.formats import Row
+from policy_split_jax.dump import dump_rows
 from policy_split_jax.errors import UserError
 from policy_split_jax.evaluation.evaluate import Scorer, evaluate, make_scorer, outcome_metrics, sample_rows
 from policy_split_jax.files import whole_file, write_json
@@ -100,6 +101,8 @@ class Trainer:
         row["tokens/rollout"] = sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)
         row["learning_rate"] = float(np.asarray(make_schedule(self.config.optimizer)(self._updates(step - 1))))
         self._log("train", step, row, sample_rows(groups[: self.config.train.sample_questions]))
+        if self.config.train.dump_rollouts and self.log is not None:
+            self._dump(step, groups)
         self.display.step(step, row)
         self.display.grader_errors(groups)
 
@@ -131,6 +134,15 @@ class Trainer:
         if self.log is not None:
             self.log.row(kind, step, row)
             self.log.samples(kind, step, samples)
+
+    def _dump(self, step: int, groups: Sequence[Group]) -> None:
+        """The step's rollouts, in a file of their own."""
+        folder = self.config.folder / "rollouts"
+        folder.mkdir(exist_ok=True)
+        shared = shared_groups(self.policy, groups, self.config.sharing, self.config.rollout.max_new_tokens)
+        with whole_file(folder / f"{step}.jsonl") as file:
+            for row in dump_rows(self.policy, groups, shared, step):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def _updates(self, step: int) -> int:
         return step * self.config.train.updates_per_step
@@ -434,6 +446,7 @@ def _announce(
     display.say(
         f"{rollout.questions_per_step} questions a step, {config.rollouts // len(config.modes)} rollouts of each "
         + ("in each mode" if len(config.modes) > 1 else f"in the normal mode ({config.objective})")
+        + (f"; preset {config.preset}" if config.preset != "paper" else "")
         + (f"; resuming after step {started_at}" if started_at else "")
     )
     display.say("pairs of figures are normal, high-entropy")

@@ -570,14 +570,10 @@ def of_sections(found):
     return {(nested(UpdateConfig, section), key) for section, _, key in parts}
 
 
-# What a preset changes is settled while the file is read, before there is a configuration (`with_preset`).
-READ_EARLIER = {RunConfig: ["preset"]}
-
-
 @pytest.mark.parametrize("kind", ROOTS, ids=lambda kind: kind.__name__)
 def test_every_setting_is_read(kind):
     found = set().union(*(reads_of(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")))
-    assert unread(kind, found | of_sections(found)) == READ_EARLIER.get(kind, [])
+    assert unread(kind, found | of_sections(found)) == []
 
 
 @pytest.mark.parametrize(

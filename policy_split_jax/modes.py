@@ -6,9 +6,11 @@ else a mode is one of the integers below, carried as a column of the batch.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+from policy_split_jax.padding import TokenRow
 
 NORMAL = 0
 HIGH_ENTROPY = 1
@@ -153,7 +155,7 @@ def render_user_turn(tokenizer: Any, questions: Sequence[str], prompts: ModeProm
     return render(tokenizer, texts, NORMAL, replace(prompts, question_template="{question}"))
 
 
-def encode_again(tokenizer: Any, tokens: Iterable[int]) -> list[int]:
+def encode_again(tokenizer: Any, tokens: TokenRow) -> list[int]:
     """A response's tokens as the released trainer shares them: their text without special tokens, encoded anew."""
     return encode_plain(tokenizer, [tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)])[0]
 

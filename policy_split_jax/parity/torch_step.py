@@ -109,11 +109,13 @@ def step(
     parts = [rollouts.places(modes, part) for part in cut]
     if config.update_order == "quarters":
         parts = _cut(_by_quarters(rollouts), config.updates_per_step)
-    for places in parts:
+    for number, places in enumerate(parts):
         losses = {}
         for place in places:
             found = score(model, rollouts.samples[place], config.temperature, half)
-            losses[place] = _token_losses(found, place, record, config, kept, penalised)
+            # Nothing has moved before the first update; what rounding makes of that has no meaning.
+            old = record.logprobs[place] if number else found.logprobs.detach()
+            losses[place] = _token_losses(found, old, place, record, config, kept, penalised)
         loss = _aggregate(losses, config)
         optimizer.zero_grad()
         loss.backward()
@@ -256,10 +258,10 @@ def _number(values: Tokens, share: float) -> int:
 
 
 def _token_losses(
-    found: Scores, place: Place, record: Record, config: UpdateConfig, kept: Tokens, penalised: Tokens
+    found: Scores, old: Tensor, place: Place, record: Record, config: UpdateConfig, kept: Tokens, penalised: Tokens
 ) -> Tensor:
     """Equation 5 of one sequence's tokens, negative, and what baselines add to it."""
-    log_ratio = found.logprobs - record.logprobs[place]
+    log_ratio = found.logprobs - old
     ratio, advantage = log_ratio.exp(), record.advantages[place]
     surrogate = ratio * advantage
     if config.objective != "kl_cov":

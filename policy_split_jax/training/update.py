@@ -136,7 +136,7 @@ def make_update(
     def update(state: TrainState, batch: Batch, packing: Packing | None = None) -> tuple[TrainState, Metrics]:
         if config.fused:
             only = None if packing is None else jax.tree.map(lambda leaf: leaf[0], packing)
-            state, metrics = step.one_update(state, batch, None, only)
+            state, metrics = step.one_update(state, 0, batch, None, only)
         elif config.update_order == "quarters":
             state, metrics = step.by_quarters(state, batch)
         else:
@@ -221,14 +221,18 @@ class Step:
         if terms.kept is not None:
             losses = masked.where(terms.kept, losses)
         if terms.penalised is not None:
-            moved = masked.where(terms.penalised, jnp.abs(logprobs - old))
+            apart = logprobs - old
+            # |x| whose slope is 0 where nothing has moved; that of jnp.abs is 1.
+            moved = masked.where(terms.penalised, jnp.sign(apart) * apart)
             losses = losses + config.baseline.kl_cov.coefficient * moved
         if config.objective == "entropy_regularization":
             losses = losses - config.baseline.entropy_regularization.coefficient * masked.where(mask, scores.entropy)
         return losses, measures["clip_fraction"]
 
-    def loss(self, state: TrainState, params: qwen3.Params, part: Any) -> tuple[Float[Array, ""], Measures]:
-        """Of a microbatch of questions."""
+    def loss(
+        self, state: TrainState, number: Array | int, params: qwen3.Params, part: Any
+    ) -> tuple[Float[Array, ""], Measures]:
+        """Of a microbatch of questions, in the step's update of this number."""
         batch, weights, fixed, places = part
         # Said of the parameters, it holds for their gradient too.
         scores = self.score(pinned(params, self.shardings and self.shardings.params), batch, places)
@@ -237,6 +241,8 @@ class Step:
             old, terms = detached.logprobs, self.terms(detached, batch, state, 0)
         else:
             old, terms = _swap(fixed)
+            # Nothing has moved before the first update. Two programs' rounding would give |log ρ| a gradient there.
+            old = jnp.where(number == 0, jax.lax.stop_gradient(scores.logprobs), old)
         mask = training_mask(batch)
         losses, clipped = self.token_losses(scores, old, terms, mask)
         record = TokenRecord(scores, old, terms.advantages, clipped)
@@ -249,11 +255,11 @@ class Step:
         return _swap(token_weights(every, self.config.aggregate, self.config.max_new_tokens)[: len(mask)])
 
     def one_update(
-        self, state: TrainState, batch: Batch, fixed: Fixed | None, packing: Packing | None
+        self, state: TrainState, number: Array | int, batch: Batch, fixed: Fixed | None, packing: Packing | None
     ) -> tuple[TrainState, Metrics]:
         """On whole questions."""
         (value, measures), gradient = accumulate_gradients(
-            partial(self.loss, state),
+            partial(self.loss, state, number),
             state.params,
             (batch, self.weights(batch), fixed, packing and packing.places),
             self.microbatches(batch.rewards.shape[0], packing),
@@ -303,10 +309,10 @@ class Step:
         fixed = jax.lax.map(fix, (numbers, parts))
 
         def one(state: TrainState, part: Any) -> tuple[TrainState, Metrics]:
-            (batch, packing), fixed = part
-            return self.one_update(state, batch, fixed, packing)
+            number, (batch, packing), fixed = part
+            return self.one_update(state, number, batch, fixed, packing)
 
-        state, history = jax.lax.scan(one, state, (parts, fixed))
+        state, history = jax.lax.scan(one, state, (numbers, parts, fixed))
         metrics = jax.tree.map(jnp.mean, history)
         return state, metrics | {"sampler/max_difference": jnp.max(history["sampler/max_difference"])}
 

@@ -223,7 +223,7 @@ def _split_step(oracle, batch, config, parts, *, rate=1.0, eta=0.5):
     """SGD of Policy Split on each of `parts` of the sequences (mode, question, rollout), in their order.
 
     Old log-probabilities and advantages are those before the first. Gives each part's loss, a mean over its tokens, and
-    the share of each mode's tokens, of all parts, that were clipped.
+    of each mode the share of its tokens, of all parts, that were clipped, and the mean size of their advantages.
     """
 
     def scores(sequence):
@@ -250,7 +250,11 @@ def _split_step(oracle, batch, config, parts, *, rate=1.0, eta=0.5):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return losses, [torch.cat(clipped[mode]).float().mean().item() for mode in (0, 1)]
+    return SimpleNamespace(
+        losses=losses,
+        clipped=[torch.cat(clipped[mode]).float().mean().item() for mode in (0, 1)],
+        sizes=[np.abs(np.concatenate([advantages[at] for at in old if at[0] == mode])).mean() for mode in (0, 1)],
+    )
 
 
 @pytest.fixture

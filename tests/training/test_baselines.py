@@ -179,11 +179,8 @@ def test_a_real_model(twin, sgd_step, model, params, batch):
 
 
 # Where nothing has moved yet |log ρ| must have no slope, and has none in PyTorch; in JAX the slope of |x| at 0 is 1.
-MOVED = pytest.mark.xfail(strict=True, reason="KL-Cov's penalty has a slope in the first update of a step")
-
-
 @pytest.mark.parametrize("updates", [1, 2])
-@pytest.mark.parametrize("objective", [pytest.param(o, marks=MOVED) if o == "kl_cov" else o for o in SETTINGS])
+@pytest.mark.parametrize("objective", SETTINGS)
 def test_updates_are_those_of_pytorch(twin, bag, sgd_step, model, batch, objective, updates):
     """A second update meets a policy that has moved, and chooses among its own tokens."""
     config = settings(objective, updates_per_step=updates)

@@ -12,9 +12,9 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from policy_split_jax.errors import UserError
-from policy_split_jax.modes import DEFAULT_HIGH_ENTROPY_PROMPT, HIGH_ENTROPY, NORMAL, ModePrompts
+from policy_split_jax.modes import DEFAULT_HIGH_ENTROPY_PROMPT, ModePrompts
 from policy_split_jax.objective.advantages import AdvantageConfig
-from policy_split_jax.objective.baselines import BaselineConfig, Objective
+from policy_split_jax.objective.baselines import BaselineConfig, Objective, trained_modes
 from policy_split_jax.objective.eta import EtaConfig
 from policy_split_jax.objective.losses import Aggregate
 
@@ -115,7 +115,8 @@ class RewardConfig:
     """How responses are graded."""
 
     grader: str = "countdown"
-    """countdown, exact, math, or your own function: `package.module:function` or `file.py:function`."""
+    """countdown, exact, math, prm800k, released (docs/fidelity.md), or your own function: `package.module:function` or
+    `file.py:function`."""
     workers: int = 2
     """Grader processes (math and your own function)."""
     time_limit: float = 5.0
@@ -313,7 +314,7 @@ class RunConfig:
             raise ValueError(
                 f"train.microbatch_questions ({micro}) must divide the {questions // updates} questions of an update"
             )
-        rows, rollouts = self.train.microbatch_rows, 2 * self.rollout.rollouts_per_mode
+        rows, rollouts = self.train.microbatch_rows, self.rollouts
         if 0 < rows < rollouts:
             raise ValueError(
                 f"train.microbatch_rows ({rows}) must be at least the {rollouts} rollouts of a question, "
@@ -338,7 +339,7 @@ class RunConfig:
     @property
     def modes(self) -> tuple[int, ...]:
         """The modes that sample and train."""
-        return (NORMAL, HIGH_ENTROPY) if self.objective == "policy_split" else (NORMAL,)
+        return trained_modes(self.objective)
 
     @property
     def rollouts(self) -> int:

@@ -3,20 +3,18 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from policy_split_jax.modes import HIGH_ENTROPY, NORMAL
+from policy_split_jax.modes import HIGH_ENTROPY
 from policy_split_jax.policy import Policy
-from policy_split_jax.rollouts import Group
+from policy_split_jax.rollouts import Group, shared_views
 from policy_split_jax.training.collate import SharedGroup
-
-QUARTERS = ((NORMAL, NORMAL), (HIGH_ENTROPY, HIGH_ENTROPY), (NORMAL, HIGH_ENTROPY), (HIGH_ENTROPY, NORMAL))
-"""(mode that is trained, mode that sampled), in the dump's order."""
+from policy_split_jax.training.quarters import QUARTERS
 
 
 def dump_rows(
     policy: Policy, groups: Sequence[Group], shared: Sequence[SharedGroup] | None, step: int
 ) -> Iterator[dict[str, Any]]:
     """Texts are without special tokens; `uuids` names a question of a step, `in_batch_ids` counts them."""
-    views = shared or [SharedGroup(group.prompts, [rollout.tokens for rollout in group.rollouts]) for group in groups]
+    views = shared_views(groups, shared)
     for trained, sampled in QUARTERS:
         for number, (group, view) in enumerate(zip(groups, views, strict=True)):
             own = trained == sampled

@@ -117,20 +117,29 @@ def shared_groups(
     """What each mode trains on of the other's rollouts; None where that is what was sampled."""
     if sharing.exact:
         return None
-    prompts = training_prompts(policy, [group.row for group in groups], sharing)
+    own = [group.prompts for group in groups]
+    prompts = training_prompts(policy, [group.row for group in groups], own, sharing)
     return [
         SharedGroup(pair, [_shared_tokens(policy, rollout, sharing)[:max_new_tokens] for rollout in group.rollouts])
         for pair, group in zip(prompts, groups, strict=True)
     ]
 
 
+def shared_views(groups: Sequence[Group], shared: Sequence[SharedGroup] | None) -> Sequence[SharedGroup]:
+    """`shared`, or in its place what was sampled."""
+    if shared is not None:
+        return shared
+    return [SharedGroup(group.prompts, [rollout.tokens for rollout in group.rollouts]) for group in groups]
+
+
 def _shared_tokens(policy: Policy, rollout: Rollout, sharing: SharingConfig) -> TokenRow:
     return rollout.tokens if sharing.response == "tokens" else encode_again(policy.tokenizer, rollout.tokens)
 
 
-def training_prompts(policy: Policy, rows: Sequence[Row], sharing: SharingConfig) -> list[tuple[list[int], list[int]]]:
-    """The prompts, by mode, under which each mode trains on the other's rollouts."""
-    prompts = _render(policy, rows)
+def training_prompts(
+    policy: Policy, rows: Sequence[Row], prompts: list[tuple[list[int], list[int]]], sharing: SharingConfig
+) -> list[tuple[list[int], list[int]]]:
+    """The prompts, by mode, under which each mode trains on the other's rollouts; `prompts` are the modes' own."""
     if sharing.high_entropy_prompt == "system":
         return prompts
     turns = render_user_turn(policy.tokenizer, [row.question for row in rows], policy.prompts)
@@ -157,7 +166,8 @@ def without_long_prompts(policy: Policy, rows: Sequence[Row], limit: int, sharin
 
 def _all_prompts(policy: Policy, rows: Sequence[Row], sharing: SharingConfig) -> list[tuple[list[int], ...]]:
     """Of each question, those of both modes and those of shared rollouts."""
-    pairs = zip(_render(policy, rows), training_prompts(policy, rows, sharing), strict=True)
+    prompts = _render(policy, rows)
+    pairs = zip(prompts, training_prompts(policy, rows, prompts, sharing), strict=True)
     return [(*own, *shared) for own, shared in pairs]
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from policy_split_jax import masked
+from policy_split_jax.modes import HIGH_ENTROPY, NORMAL
 
 Objective = Literal[
     "policy_split",
@@ -27,6 +28,11 @@ Objective = Literal[
 WHOLE_BATCH = ("forking_tokens", "clip_cov", "kl_cov")
 """They choose tokens out of a whole update's, which are therefore scored before any gradient."""
 _EPS = 1e-6
+
+
+def trained_modes(objective: Objective) -> tuple[int, ...]:
+    """The modes that sample and train."""
+    return (NORMAL, HIGH_ENTROPY) if objective == "policy_split" else (NORMAL,)
 
 
 def _share(name: str, value: float) -> None:

@@ -16,8 +16,8 @@ from policy_split_jax.errors import UserError
 from policy_split_jax.files import whole_file
 from policy_split_jax.parity.logs import Curves, read_curves
 from policy_split_jax.parity.names import to_common
-from policy_split_jax.report.charts import DASHES, Chart, _layout
-from policy_split_jax.report.page import _json, _policy, _resource, _section
+from policy_split_jax.report.charts import DASHES, Chart, axes_layout
+from policy_split_jax.report.page import charts_section, content_policy, embedded_json, resource
 
 COLOURS = ("#2f9e8f", "#8b6bb1", "#c4603c", "#b3a43c", "#5b7fa6", "#c2679a")
 """Of the groups; none is a mode's."""
@@ -163,17 +163,17 @@ def render(groups: Sequence[Group]) -> str:
     groups = _told_apart(groups)
     shared = shared_averages(groups)
     charts = build_charts(groups, shared)
-    plotly, script = get_plotlyjs(), _resource("page.js")
+    plotly, script = get_plotlyjs(), resource("page.js")
     return _PAGE.substitute(
-        policy=_policy(plotly, script),
+        policy=content_policy(plotly, script),
         title=html.escape(f"Policy Split · curves of {' and '.join(group.label for group in groups)}"),
         style=_style(),
         facts=_facts(groups),
         first=html.escape(groups[0].label),
         distances=_table(groups, shared),
-        charts=_section("Curves", charts),
+        charts=charts_section("Curves", charts),
         unshared=_unshared(groups, shared),
-        data=_json([{"slug": chart.slug, "data": chart.data, "layout": chart.layout} for chart in charts]),
+        data=embedded_json([{"slug": chart.slug, "data": chart.data, "layout": chart.layout} for chart in charts]),
         plotly=plotly,
         script=script,
     )
@@ -232,7 +232,7 @@ def _chart(slug: str, metric: str, groups: Sequence[Group], found: Sequence[Aver
     means = np.concatenate([each.mean for _, _, each in drawn])
     log = bool(means.min() > 0 and means.max() > 100 * means.min())
     summary = "; ".join(f"{group.label}: from {each.mean[0]:.3g} to {each.mean[-1]:.3g}" for _, group, each in drawn)
-    return Chart(slug, metric, _in_words(groups, found), data, _layout("step", "", legend=True), summary, log)
+    return Chart(slug, metric, _in_words(groups, found), data, axes_layout("step", "", legend=True), summary, log)
 
 
 def _traces(index: int, group: Group, each: Average) -> list[dict[str, Any]]:
@@ -269,7 +269,7 @@ def _distances(found: Sequence[Average | None]) -> list[Distance | None]:
 
 def _style() -> str:
     """The report's, so that the two pages look the same."""
-    return _resource("template.html").partition("<style>")[2].partition("</style>")[0]
+    return resource("template.html").partition("<style>")[2].partition("</style>")[0]
 
 
 def _facts(groups: Sequence[Group]) -> str:

@@ -20,7 +20,7 @@ from policy_split_jax.objective.advantages import normalized_bonus, raw_bonus
 from policy_split_jax.objective.baselines import selection_noise
 from policy_split_jax.padding import lengths, pad_right
 from policy_split_jax.policy import Policy
-from policy_split_jax.rollouts import Group, shared_groups
+from policy_split_jax.rollouts import Group, shared_groups, shared_views
 from policy_split_jax.training.batch import Batch, training_mask
 from policy_split_jax.training.collate import SharedGroup, make_batch
 from policy_split_jax.training.loop import update_config
@@ -265,7 +265,7 @@ def _rollouts(groups: Sequence[Group], shared: Sequence[SharedGroup] | None, mod
     """The same rollouts as lists of token ids, for PyTorch."""
     from policy_split_jax.parity.torch_step import Rollouts, Sample
 
-    views = shared or [SharedGroup(group.prompts, [rollout.tokens for rollout in group.rollouts]) for group in groups]
+    views = shared_views(groups, shared)
     samples = {}
     for mode in modes:
         for p, (group, view) in enumerate(zip(groups, views, strict=True)):

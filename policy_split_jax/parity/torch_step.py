@@ -14,6 +14,7 @@ from torch import Tensor
 
 from policy_split_jax.modes import HIGH_ENTROPY, NORMAL
 from policy_split_jax.objective.advantages import AdvantageConfig
+from policy_split_jax.objective.baselines import trained_modes
 from policy_split_jax.training.update import UpdateConfig
 
 Place = tuple[int, int, int]
@@ -88,7 +89,7 @@ def step(
     half: bool = False,
 ) -> Record:
     """All updates of a training step, in place. `noise` is what `clip_cov` chooses by, of each update."""
-    modes = (NORMAL, HIGH_ENTROPY) if config.objective == "policy_split" else (NORMAL,)
+    modes = trained_modes(config.objective)
     questions, record = range(len(rollouts.modes)), Record()
     with torch.no_grad():
         for place in rollouts.places(modes, questions):

@@ -206,7 +206,7 @@ def step_chart(panel: Panel, runs: Sequence[Run]) -> Chart | None:
     # The noise goes underneath.
     data.sort(key=lambda trace: "opacity" not in trace)
     named = sum(trace["showlegend"] for trace in data) > 1
-    layout = _layout("step", panel.unit, legend=named)
+    layout = axes_layout("step", panel.unit, legend=named)
     return Chart(panel.slug, panel.title, panel.look_for, data, layout, "; ".join(words), panel.log)
 
 
@@ -229,7 +229,7 @@ def pass_at_k_chart(runs: Sequence[Run]) -> Chart | None:
                 words += [_in_words(name, traces)] if traces else []
     if not data:
         return None
-    layout = _layout("samples per question, k", "share solved", legend=True)
+    layout = axes_layout("samples per question, k", "share solved", legend=True)
     layout["xaxis"] |= {"type": "log", "tickvals": _powers_of_two(max(max(trace["x"]) for trace in data))}
     look_for = "Both together should overtake the normal mode as k grows. Dotted: the first evaluation."
     return Chart("pass-at-k", "Pass@k", look_for, data, layout, "; ".join(words))
@@ -240,7 +240,7 @@ def time_chart(runs: Sequence[Run]) -> Chart | None:
     data = _phases_over_steps(runs[0]) if len(runs) == 1 else _phases_by_run(runs)
     if not data:
         return None
-    layout = _layout("step", "seconds per step", legend=True)
+    layout = axes_layout("step", "seconds per step", legend=True)
     if len(runs) > 1:
         layout |= {
             "barmode": "stack",
@@ -338,7 +338,8 @@ def _phases_by_run(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return traces
 
 
-def _layout(x: str, y: str, legend: bool) -> dict[str, Any]:
+def axes_layout(x: str, y: str, legend: bool) -> dict[str, Any]:
+    """plotly's layout of a chart with these titles of its axes."""
     return {
         "margin": {"l": 12, "r": 12, "t": 8, "b": 8},
         "hovermode": "x unified",

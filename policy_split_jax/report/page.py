@@ -73,29 +73,33 @@ def render(runs: Sequence[Run]) -> str:
     from plotly.offline import get_plotlyjs
 
     plotly = get_plotlyjs()
-    script = _resource("page.js")
+    script = resource("page.js")
     sections = build_charts(runs)
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
-    return Template(_resource("template.html")).substitute(
-        policy=_policy(plotly, script),
+    return Template(resource("template.html")).substitute(
+        policy=content_policy(plotly, script),
         title=html.escape(f"Policy Split · {title}"),
         facts=_facts(runs),
         headline=_headline(runs),
-        charts="\n".join(_section(heading, charts) for heading, charts in sections)
+        charts="\n".join(charts_section(heading, charts) for heading, charts in sections)
         or '<p class="muted">No training step has been recorded yet, so there are no charts.</p>',
         samples=_samples(runs),
         details=_details(runs),
-        data=_json([{"slug": c.slug, "data": c.data, "layout": c.layout} for _, group in sections for c in group]),
+        data=embedded_json(
+            [{"slug": c.slug, "data": c.data, "layout": c.layout} for _, group in sections for c in group]
+        ),
         plotly=plotly,
         script=script,
     )
 
 
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
+    """A text file beside this module."""
     return resources.files("policy_split_jax.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _policy(*scripts: str) -> str:
+def content_policy(*scripts: str) -> str:
+    """The Content-Security-Policy of a page that runs these scripts and loads nothing."""
     digests = (hashlib.sha256(script.encode("utf-8")).digest() for script in scripts)
     allowed = " ".join(f"'sha256-{base64.b64encode(digest).decode('ascii')}'" for digest in digests)
     # plotly.js sets the styles of its elements itself, and tries out an image that it holds as data.
@@ -103,7 +107,8 @@ def _policy(*scripts: str) -> str:
     return f"default-src 'none'; script-src {allowed}; {rest}"
 
 
-def _json(value: Any) -> str:
+def embedded_json(value: Any) -> str:
+    """JSON that may stand inside a script element."""
     # `</script>` or `<!--` in a name would otherwise end the element that holds the data.
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
@@ -190,7 +195,8 @@ def _value(value: float | None, percent: bool) -> str:
     return f"{value:,.3f}" if abs(value) < 1 else f"{value:,.2f}"
 
 
-def _section(heading: str, charts: Sequence[Chart]) -> str:
+def charts_section(heading: str, charts: Sequence[Chart]) -> str:
+    """Cards of charts under a heading."""
     cards = "\n".join(_card(chart) for chart in charts)
     return f'<h2>{html.escape(heading)}</h2>\n<div class="grid">\n{cards}\n</div>'
 

@@ -43,7 +43,7 @@ from policy_split_jax.rollouts import (
 from policy_split_jax.sampler.batcher import EngineConfig, Sampling
 from policy_split_jax.sampler.rollout import Sampler
 from policy_split_jax.training.checkpoint import Checkpoints, latest_step, load_checkpoint_params, load_run_policy
-from policy_split_jax.training.collate import make_batch
+from policy_split_jax.training.collate import SharedGroup, make_batch
 from policy_split_jax.training.console import RunDisplay
 from policy_split_jax.training.metrics_log import MetricsLog
 from policy_split_jax.training.optimizer import make_optimizer, make_schedule
@@ -95,14 +95,15 @@ class Trainer:
         clock.lap("rollout")
         grade_groups(self.pool, groups)
         clock.lap("reward")
-        self.state, metrics = self._update(groups)
+        shared = shared_groups(self.policy, groups, self.config.sharing, self.config.rollout.max_new_tokens)
+        self.state, metrics = self._update(groups, shared)
         clock.lap("update")
         row = outcome_metrics(groups) | metrics | clock.times()
         row["tokens/rollout"] = sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)
         row["learning_rate"] = float(np.asarray(make_schedule(self.config.optimizer)(self._updates(step - 1))))
         self._log("train", step, row, sample_rows(groups[: self.config.train.sample_questions]))
         if self.config.train.dump_rollouts and self.log is not None:
-            self._dump(step, groups)
+            self._dump(step, groups, shared)
         self.display.step(step, row)
         self.display.grader_errors(groups)
 
@@ -135,11 +136,10 @@ class Trainer:
             self.log.row(kind, step, row)
             self.log.samples(kind, step, samples)
 
-    def _dump(self, step: int, groups: Sequence[Group]) -> None:
+    def _dump(self, step: int, groups: Sequence[Group], shared: Sequence[SharedGroup] | None) -> None:
         """The step's rollouts, in a file of their own."""
         folder = self.config.folder / "rollouts"
         folder.mkdir(exist_ok=True)
-        shared = shared_groups(self.policy, groups, self.config.sharing, self.config.rollout.max_new_tokens)
         with whole_file(folder / f"{step}.jsonl") as file:
             for row in dump_rows(self.policy, groups, shared, step):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -163,7 +163,9 @@ class Trainer:
                 progress=progress,
             )
 
-    def _update(self, groups: Sequence[Group]) -> tuple[TrainState, dict[str, Any]]:
+    def _update(
+        self, groups: Sequence[Group], shared: Sequence[SharedGroup] | None
+    ) -> tuple[TrainState, dict[str, Any]]:
         rollout, chosen = self.config.rollout, self.config.train
         batch = make_batch(
             [group.prompts for group in groups],
@@ -172,7 +174,7 @@ class Trainer:
             [[grade.score for grade in group.grades] for group in groups],
             max_prompt_tokens=rollout.max_prompt_tokens,
             max_new_tokens=rollout.max_new_tokens,
-            shared=shared_groups(self.policy, groups, self.config.sharing, rollout.max_new_tokens),
+            shared=shared,
         )
         if not chosen.microbatch_rows:
             state, metrics = self.update(self.state, batch)

@@ -11,7 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from policy_split_jax.modes import HIGH_ENTROPY, NORMAL
 from policy_split_jax.training.batch import Batch, own_rollouts, training_mask
+
+QUARTERS = ((NORMAL, NORMAL), (HIGH_ENTROPY, HIGH_ENTROPY), (NORMAL, HIGH_ENTROPY), (HIGH_ENTROPY, NORMAL))
+"""(mode that is trained, mode that sampled) of each block."""
 
 
 class Sequences(NamedTuple):
@@ -58,6 +62,5 @@ def in_quarters(batch: Batch, old_logprobs: Float[Array, "2 P G T"], advantages:
 
 def quarter_order(batch: Batch) -> Int[Array, "N"]:
     """Which of the sequences [2, P, G], counted through, come first."""
-    mode = jnp.arange(2)[:, None, None]
-    quarter = jnp.where(own_rollouts(batch)[..., 0], mode, 2 + mode)
-    return jnp.argsort(quarter.reshape(-1), stable=True)
+    number = jnp.array([[QUARTERS.index((trained, sampled)) for sampled in (0, 1)] for trained in (0, 1)])
+    return jnp.argsort(number[:, batch.modes].reshape(-1), stable=True)

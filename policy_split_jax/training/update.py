@@ -22,7 +22,14 @@ from policy_split_jax.model import qwen3
 from policy_split_jax.model.sharding import compiler_options, pinned
 from policy_split_jax.modes import HIGH_ENTROPY, MODE_NAMES, NORMAL
 from policy_split_jax.objective.advantages import AdvantageConfig, correctness_advantages, dual_mode_advantages
-from policy_split_jax.objective.baselines import WHOLE_BATCH, BaselineConfig, Objective, Terms, baseline_terms
+from policy_split_jax.objective.baselines import (
+    WHOLE_BATCH,
+    BaselineConfig,
+    Objective,
+    Terms,
+    baseline_terms,
+    trained_modes,
+)
 from policy_split_jax.objective.eta import EtaConfig, next_eta
 from policy_split_jax.objective.losses import Aggregate, Metrics, token_losses, token_weights
 from policy_split_jax.objective.scorer import Places, TokenScores, score_rollouts
@@ -69,7 +76,7 @@ class UpdateConfig:
     @property
     def contexts(self) -> int:
         """How many modes are trained."""
-        return 2 if self.objective == "policy_split" else 1
+        return len(trained_modes(self.objective))
 
     @property
     def fused(self) -> bool:
@@ -322,7 +329,7 @@ class Step:
         scores = self.score_first(state, batch, None)
         terms = self.terms(scores, batch, state, 0)
         parts = split_batch(in_quarters(batch, scores.logprobs, terms.advantages), updates)
-        count = questions // updates // (self.config.microbatch_questions or questions // updates)
+        count = len(self.microbatches(questions // updates, None).members)
         microbatches = equal_parts(parts.modes.shape[1], count)
 
         def one(state: TrainState, part: Sequences) -> tuple[TrainState, Any]:

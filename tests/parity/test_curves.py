@@ -308,7 +308,7 @@ def test_nothing_is_loaded(tmp_path):
     assert not {"link", "img", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
     assert sum("plotly.js v" in script[:200] for script in page.scripts) == 1
     policies = [a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
-    assert policies == [report_page._policy(*page.scripts[1:])]
+    assert policies == [report_page.content_policy(*page.scripts[1:])]
     assert policies[0].startswith("default-src 'none'; script-src 'sha256-")
 
 

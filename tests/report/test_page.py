@@ -277,7 +277,7 @@ def test_hostile_names_keys_and_settings_are_text(make_run):
 
 
 def test_data_cannot_end_the_element_that_holds_it():
-    text = page_module._json({"name": HOSTILE})
+    text = page_module.embedded_json({"name": HOSTILE})
     assert "<" not in text
     assert json.loads(text) == {"name": HOSTILE}
 

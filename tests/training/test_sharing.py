@@ -76,7 +76,8 @@ def test_the_prompt_of_a_shared_rollout_is_one_user_turn(policy, sharing):
 
 @pytest.mark.parametrize("sharing", [PAPER, TEXT])
 def test_the_prompt_of_a_shared_rollout_is_the_modes_own(policy, sharing):
-    assert training_prompts(policy, ROWS, sharing) == render_prompts(policy, ROWS, 1000)
+    prompts = render_prompts(policy, ROWS, 1000)
+    assert training_prompts(policy, ROWS, prompts, sharing) == render_prompts(policy, ROWS, 1000)
 
 
 @pytest.mark.parametrize("sharing", [TEXT, RELEASED])

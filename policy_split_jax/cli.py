@@ -1,4 +1,5 @@
-"""The command line: `policy-split train | sft | sample | score | eval | serve | export | report | plan`."""
+"""The command line: `policy-split train | sft | sample | score | eval | serve | export | report | plan | compare |
+from-verl`."""
 
 import argparse
 import errno
@@ -16,7 +17,8 @@ _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECON
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0, 1 for a plan that does not fit, 2 for bad input, 130 when interrupted."""
+    """Entry point; returns the exit code: 0, 2 for bad input, 130 when interrupted, and 1 for a plan that does not fit
+    or a comparison that fails."""
     options = _parse(arguments)
     # Models are local folders; nothing is ever looked up on a hub.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "export": commands.export,
             "report": commands.report,
             "plan": commands.plan,
+            "compare": commands.compare,
+            "from-verl": commands.from_verl,
         }[options.command]
         return run(options) or 0
     except UserError as error:
@@ -82,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     _export(commands)
     _report(commands)
     _plan(commands)
+    _compare(commands)
+    _from_verl(commands)
     return parser
 
 
@@ -247,6 +253,104 @@ def _plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         "--mean-response", type=_positive, metavar="N", help="tokens of a mean response (default: half of the longest)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
+
+
+def _compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="this implementation against PyTorch, and runs against each other",
+        description="Compares with PyTorch on the same rollouts, with rollouts that the authors' trainer wrote, or the "
+        "curves of runs.",
+    )
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    _compare_step(kinds)
+    _compare_rollouts(kinds)
+    _compare_curves(kinds)
+
+
+def _compare_step(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = kinds.add_parser(
+        "step",
+        help="training steps in PyTorch and here, number by number",
+        description="Runs the same training steps in PyTorch and here, and compares what both compute: from logits to "
+        "parameters. Exits with 1 where a difference is larger than its tolerance. Needs the torch extra.",
+    )
+    parser.add_argument("--model", metavar="DIR", help="a Hugging Face folder (default: a small random Qwen3)")
+    parser.add_argument(
+        "--rollouts", metavar="FILE", help="rollouts as train.dump_rollouts writes them (default: sampled now)"
+    )
+    parser.add_argument("--questions", type=_positive, default=4, help="how many; a multiple of 4 (default 4)")
+    parser.add_argument(
+        "--variant",
+        action="append",
+        metavar="NAME",
+        help="paper, released or a baseline; repeatable (default all)",
+    )
+    parser.add_argument(
+        "--dtype", action="append", choices=("float32", "bfloat16"), help="of the activations (default both)"
+    )
+    parser.add_argument("--steps", type=_positive, default=3, help="optimizer steps (default 3)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of weights and rollouts")
+    parser.add_argument(
+        "--output", metavar="FILE", default="compare-step.json", help="JSON to write (default compare-step.json)"
+    )
+
+
+def _compare_rollouts(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = kinds.add_parser(
+        "rollouts",
+        help="a dump of the authors' trainer, scored again",
+        description="Reads rollouts as the authors' trainer dumps them, scores them again, and reports what that "
+        "trainer would log, by quarter, and the same under the right prompts.",
+    )
+    parser.add_argument("file", metavar="FILE", help="JSONL, as train.dump_rollouts writes it too")
+    _model_options(parser)
+    parser.add_argument(
+        "--preset", choices=("released", "paper"), default="released", help="whose advantages (default released)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=_positive, help="that trainer's limit; responses of that length have no stop token"
+    )
+    parser.add_argument("--padding", action="store_true", help="it ran without use_remove_padding")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the activations")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        default="compare-rollouts.json",
+        help="JSON (default compare-rollouts.json)",
+    )
+
+
+def _compare_curves(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = kinds.add_parser(
+        "curves",
+        help="one page that lays the curves of runs over each other",
+        description="Lays the curves of runs over each other: folders of this trainer, JSONL and console logs of "
+        "verl's, exports of W&B or TensorBoard. The first is what the others are measured against.",
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="PATH, or LABEL=PATH,PATH,... for runs that differ in their seed alone"
+    )
+    parser.add_argument("--names", metavar="FILE", help="YAML with lines of `their name: our name`")
+    parser.add_argument(
+        "--output", metavar="FILE", default="compare-curves.html", help="page to write (default compare-curves.html)"
+    )
+
+
+def _from_verl(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "from-verl",
+        help="a configuration from verl's overrides",
+        description="Writes the configuration of a run of verl's trainer as one of ours. Keys without a counterpart "
+        "are listed at its end, each with the reason.",
+    )
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="a script that starts the trainer (.sh), a configuration of it (.yaml), or KEY=VALUE",
+    )
+    parser.add_argument("--output", metavar="FILE", help="YAML to write; without it standard output")
 
 
 def _number(text: str, kind: Callable[[str], Any], rule: str, holds: Callable[[Any], bool]) -> Any:

@@ -6,7 +6,7 @@ import socket
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ from policy_split_jax.model import huggingface, qwen3
 from policy_split_jax.modes import HIGH_ENTROPY, MODE_NAMES, NORMAL
 from policy_split_jax.policy import Policy, load_model, write_prompts
 from policy_split_jax.processes import Cluster, join_others
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _MODES = {"normal": (NORMAL,), "high-entropy": (HIGH_ENTROPY,), "both": (NORMAL, HIGH_ENTROPY)}
 
@@ -53,7 +56,7 @@ def sft(options: argparse.Namespace) -> None:
     """`policy-split sft CONFIG`."""
     from policy_split_jax.training.warmup import warm_up
 
-    start = _load(options)[1] if options.model or options.checkpoint else None
+    start = load_chosen(options)[1] if options.model or options.checkpoint else None
     warm_up(settings.load(SftConfig, options.config, options.overrides), start)
 
 
@@ -65,7 +68,7 @@ def sample(options: argparse.Namespace) -> None:
     rows = None if options.prompts is None else _questions(Path(options.prompts))
     if options.output:
         check_output(Path(options.output))
-    policy, params = _load(options)
+    policy, params = load_chosen(options)
     sampler = _sampler(options, policy)
     modes = _MODES[options.mode]
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_k, options.top_p)
@@ -123,7 +126,7 @@ def score(options: argparse.Namespace) -> None:
 
     records = list(read_records(Path(options.input)))
     check_output(Path(options.output))
-    policy, params = _load(options)
+    policy, params = load_chosen(options)
     run = score_contexts if options.prompt_tokens else score_answers
     _write_rows(options.output, run(params, policy, records, options.temperature, jnp.dtype(options.dtype)))
 
@@ -151,7 +154,7 @@ def evaluate(options: argparse.Namespace) -> None:
         count=options.questions,
         max_number=options.max_number,
     )[: options.questions]
-    policy, params = _load(options)
+    policy, params = load_chosen(options)
     grader = options.grader or ("countdown" if embedded else "math")
     max_new_tokens = options.max_new_tokens or (16 if embedded else 2048)
     with (
@@ -179,7 +182,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """`policy-split export`."""
-    policy, params = _load(options)
+    policy, params = load_chosen(options)
     output = Path(options.output)
     huggingface.save_model(
         output,
@@ -209,7 +212,7 @@ def serve(options: argparse.Namespace) -> None:
     limits = {"max_prompt_tokens": options.max_prompt_tokens, "max_new_tokens": options.max_new_tokens}
     with socket.socket() as bound:
         _bind(bound, options.host, options.port)
-        policy, params = _load(options)
+        policy, params = load_chosen(options)
         engine = EngineConfig(policy.config, policy.stop_ids, options.slots, options.decode_steps, options.dtype)
         service = EngineService(Batcher(engine, params, **limits))
         # The engine has weights of its own.
@@ -254,18 +257,38 @@ def plan(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(to_json(found, config), indent=2))
     else:
-        # A table is not cut where nobody looks at a terminal.
-        show(found, config, Console(highlight=False, width=None if sys.stdout.isatty() else 150))
+        show(found, config, table_console())
     return 0 if found.fits else 1
 
 
-def _load(options: argparse.Namespace) -> tuple[Policy, qwen3.Params]:
+def compare(options: argparse.Namespace) -> int:
+    """`policy-split compare step | rollouts | curves`; 1 where a step differs."""
+    from policy_split_jax.parity.commands import compare as run
+
+    return run(options)
+
+
+def from_verl(options: argparse.Namespace) -> None:
+    """`policy-split from-verl SOURCE [SOURCE …]`."""
+    from policy_split_jax.parity.commands import from_verl as run
+
+    run(options)
+
+
+def load_chosen(options: argparse.Namespace) -> tuple[Policy, qwen3.Params]:
     """The model that --model or --checkpoint names; the embedded one by default."""
     if options.checkpoint:
         from policy_split_jax.training.checkpoint import load_run
 
         return load_run(Path(options.checkpoint))
     return load_model(options.model or EMBEDDED)
+
+
+def table_console() -> "Console":
+    """Standard output, on which a table is not cut where nobody looks at a terminal."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 150)
 
 
 def _sampler(options: argparse.Namespace, policy: Policy) -> Any:

@@ -454,9 +454,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def load(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
-    """Reads a YAML file and a prompt's own file, applies `section.key=value` overrides, and checks everything."""
+    """Reads a YAML file, its base and a prompt's own file, applies `section.key=value` overrides, and checks all."""
     path = Path(path)
-    tree = read_tree(path)
+    tree = _with_base(path)
     for override in overrides:
         _override(tree, override)
     config = from_dict(kind, with_preset(tree), str(path))
@@ -469,14 +469,40 @@ def with_preset(tree: dict[str, Any]) -> dict[str, Any]:
     """The settings with those that their preset changes; what is written wins."""
     if tree.get("preset") != "released":
         return tree
-    merged = dict(tree)
-    for section, changes in RELEASED.items():
-        given = tree.get(section, {})
-        merged[section] = changes | given if isinstance(given, dict) else given
+    objective = tree.get("objective", "policy_split")
+    if objective != "policy_split":
+        raise UserError(
+            f"preset released is of policy_split, not of {objective}; leave it out (reward.grader=released)"
+        )
+    merged = _over(RELEASED, tree)
     data, reward = tree.get("data", {}), tree.get("reward", {})
     if isinstance(data, dict) and isinstance(reward, dict) and data.get("train", EMBEDDED) != EMBEDDED:
         merged["reward"] = {"grader": "released"} | reward
     return merged
+
+
+def _with_base(path: Path) -> dict[str, Any]:
+    """A file's settings over those of the file that its `base` names, relative to it."""
+    tree = read_tree(path)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base is {base!r}: write the name of a YAML file")
+    below = read_tree(path.parent / base)
+    if "base" in below:
+        raise UserError(f"{path.parent / base}: has a base itself; {path} can name a file without one only")
+    return _over(below, tree)
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings, of which those of `above` win."""
+    sections = {
+        key: _over(below[key], value)
+        for key, value in above.items()
+        if isinstance(value, dict) and isinstance(below.get(key), dict)
+    }
+    return below | above | sections
 
 
 def read_tree(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from policy_split_jax.modes import HIGH_ENTROPY
+from policy_split_jax.modes import HIGH_ENTROPY, MODE_NAMES
 from policy_split_jax.policy import Policy
 from policy_split_jax.rollouts import Group, shared_views
 from policy_split_jax.training.collate import SharedGroup
@@ -13,9 +13,10 @@ from policy_split_jax.training.quarters import QUARTERS
 def dump_rows(
     policy: Policy, groups: Sequence[Group], shared: Sequence[SharedGroup] | None, step: int
 ) -> Iterator[dict[str, Any]]:
-    """Texts are without special tokens; `uuids` names a question of a step, `in_batch_ids` counts them."""
+    """Texts are without special tokens; `uuids` name a question under one mode, `in_batch_ids` count."""
     views = shared_views(groups, shared)
-    for trained, sampled in QUARTERS:
+    modes = {mode for group in groups for mode in group.modes}
+    for trained, sampled in (quarter for quarter in QUARTERS if modes.issuperset(quarter)):
         for number, (group, view) in enumerate(zip(groups, views, strict=True)):
             own = trained == sampled
             prompt = (group.prompts if own else view.prompts)[trained]
@@ -30,6 +31,6 @@ def dump_rows(
                         "is_he_prompt": trained == HIGH_ENTROPY,
                         "is_he_response": sampled == HIGH_ENTROPY,
                         "in_batch_ids": number,
-                        "uuids": f"{step}-{number}",
+                        "uuids": f"{step}-{number}-{MODE_NAMES[trained]}",
                         "ground_truth": group.row.ground_truth,
                     }

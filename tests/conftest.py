@@ -5,6 +5,11 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# PyTorch's threads cost more than they bring on models as small as these.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Most of the time of tests is XLA's, and many compile the same program.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import pytest
 from jaxtyping import install_import_hook

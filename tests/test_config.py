@@ -13,8 +13,10 @@ from policy_split_jax import config as settings
 from policy_split_jax.config import EtaConfig, RunConfig, SftConfig, from_dict, known_keys, load, to_dict
 from policy_split_jax.errors import UserError
 from policy_split_jax.modes import HIGH_ENTROPY, NORMAL
+from policy_split_jax.objective.baselines import Objective
 from policy_split_jax.training.update import UpdateConfig
 
+PROJECT = Path(__file__).parents[1]
 PACKAGE = Path(importlib.util.find_spec("policy_split_jax").origin).parent
 
 
@@ -48,6 +50,45 @@ def test_a_file_with_overrides(write):
     assert config.loss.dual_clip == 3.0
     assert config.folder == Path("elsewhere/a")
     assert config.optimizer == settings.OptimizerConfig()
+
+
+def test_a_file_over_its_base(tmp_path, write):
+    (tmp_path / "below").mkdir()
+    base = "name: b\ntrain: {steps: 5, seed: 1}\nrollout: {rollouts_per_mode: 2}\n"
+    (tmp_path / "below" / "base.yaml").write_text(base, encoding="utf-8")
+    config = load(RunConfig, write("base: below/base.yaml\nname: a\ntrain: {steps: 7}\n"), ["train.save_every=3"])
+    assert config == from_dict(
+        RunConfig,
+        {"name": "a", "train": {"steps": 7, "seed": 1, "save_every": 3}, "rollout": {"rollouts_per_mode": 2}},
+        "the same",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("base: none.yaml\n", "none.yaml: no such configuration file"),
+        ("base: [a]\n", "run.yaml: base is ['a']: write the name of a YAML file"),
+        ("base: run.yaml\n", "run.yaml: has a base itself"),
+    ],
+)
+def test_a_base_that_cannot_be_read(write, text, words):
+    path = write(text)
+    assert words in refusal(lambda: load(RunConfig, path))
+
+
+def test_baselines_of_the_embedded_task_are_its_configuration_with_an_objective():
+    tiny = load(RunConfig, PROJECT / "configs" / "tiny.yaml")
+    paths = sorted((PROJECT / "configs" / "baselines").glob("*.yaml"))
+    found = {path.stem: load(RunConfig, path) for path in paths}
+    objectives = {name: "grpo" if name == "clip_higher" else name for name in found}
+    twice = {"clip_higher", "kl_cov"}
+    for name, config in found.items():
+        train = dataclasses.replace(tiny.train, updates_per_step=2 if name in twice else 1)
+        loss = dataclasses.replace(tiny.loss, clip_high=0.28 if name == "clip_higher" else tiny.loss.clip_high)
+        chosen = {"name": name.replace("_", "-"), "objective": objectives[name], "train": train, "loss": loss}
+        assert config == dataclasses.replace(tiny, **chosen)
+    assert {*objectives.values(), "policy_split"} == {*typing.get_args(Objective)}
 
 
 @pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "0.0001", '"1e-4"'])

@@ -5,6 +5,7 @@ clip-higher (https://arxiv.org/abs/2503.14476) is GRPO with `clip_high` 0.28. Pu
 log-probabilities are in nats, of the policy at the time of sampling, and carry no gradient unless it says so.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -204,8 +205,10 @@ def entropy_advantage(
 
 
 def selection_noise(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """What `clip_cov` chooses by."""
-    return jax.random.uniform(key, shape)
+    """What `clip_cov` chooses by: of each rollout a sequence of its own, whose length changes nothing before it."""
+    *rollouts, length = shape
+    keys = jax.random.split(key, math.prod(rollouts))
+    return jax.vmap(lambda each: jax.random.uniform(each, (length,)))(keys).reshape(shape)
 
 
 def _number(mask: Bool[Array, "*B"], share: float) -> Float[Array, ""]:

@@ -31,6 +31,9 @@ from policy_split_jax.training.update import Step, UpdateConfig, make_update, se
 ETA = 0.3
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.01, gradient_clip=1.0)
 
+UPDATES = int(settings.RELEASED["train"]["updates_per_step"])
+"""The most updates that a variant's step has; the questions of a comparison must be divisible by it."""
+
 # Shares and bands are larger than the papers', so that small batches have such tokens; two updates let clipping act.
 _TWICE = {"train": {"updates_per_step": 2}}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -48,14 +51,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 # Largest absolute differences that rounding explains. float32: sums of some hundred terms of size 1 to 10, those of the
 # bonus divided by a deviation below 1; AdamW divides a gradient by its own size, which magnifies rounding where it is
-# nearly zero, so that a parameter may differ by a tenth of an update. bfloat16 has 8 bits: 0.4 % of logits of size 10.
+# nearly zero, so that a parameter may differ by a tenth of an update. bfloat16 has 8 bits: 0.4 % of logits of size 10,
+# layer for layer, and a ratio has four such log-probabilities. There AdamW's first updates turn with the sign of every
+# small gradient: of a parameter's change an eighth may have the other sign, which makes 2·√⅛ of its norm.
 TOLERANCES = {
     "float32": {
         "logits": 1e-4, "logprobs": 1e-4, "entropy": 1e-4, "bonus": 1e-3, "advantages": 1e-3, "ratio": 1e-4,
         "loss": 1e-5, "gradient norm (relative)": 1e-4, "parameter": 0.1 * OPTIMIZER.learning_rate,
     },
     "bfloat16": {
-        "logits": 0.2, "logprobs": 0.2, "entropy": 0.1, "loss": 0.02, "gradient norm (relative)": 0.05,
+        "logits": 0.3, "logprobs": 0.3, "entropy": 0.1, "bonus": 0.3, "advantages": 0.1, "ratio": 0.5, "loss": 0.02,
+        "gradient norm (relative)": 0.05, "parameter": 0.7,
     },
 }  # fmt: skip
 
@@ -68,6 +74,8 @@ class Difference:
     largest: float
     mean: float
     tolerance: float
+    part: str = ""
+    """Which parameter it is of."""
 
     @property
     def passes(self) -> bool:
@@ -87,7 +95,7 @@ class Comparison:
         return all(difference.passes for difference in self.differences)
 
 
-def variant_config(variant: str, policy: Policy, questions: int, per_mode: int) -> RunConfig:
+def variant_config(variant: str, questions: int, per_mode: int) -> RunConfig:
     """The settings of a run of this variant."""
     tree = settings.with_preset({"name": variant} | VARIANTS[variant])
     config = settings.from_dict(RunConfig, tree | {"rollout": {"questions_per_step": questions}}, variant)
@@ -104,57 +112,86 @@ def compare(
 ) -> Comparison:
     """`steps` training steps of one variant on the same rollouts, in PyTorch and in JAX.
 
-    All rollouts must be graded. `groups` are of the modes that the variant samples. What is compared of steps is the
-    parameters after the first and the last; all else is of the first.
+    All rollouts must be graded, and half of them be of either mode; a variant that samples in the normal mode alone
+    takes all for such. What is compared of steps is the parameters after the first and the last; all else is of the
+    first.
     """
-    from policy_split_jax.parity.torch_step import score, step
-
-    config = variant_config(variant, policy, len(groups), len(groups[0].rollouts) // 2)
+    config = variant_config(variant, len(groups), len(groups[0].rollouts) // 2)
+    groups = [replace(group, modes=_sampled_by(group.modes, config.modes)) for group in groups]
     update = replace(update_config(config), dtype=dtype)
-    longest = max(len(rollout.tokens) for group in groups for rollout in group.rollouts)
-    shared = shared_groups(policy, groups, config.sharing, 2 * longest)
-    batch = _batch(groups, shared, 2 * longest)
+    longest = 2 * max(len(rollout.tokens) for group in groups for rollout in group.rollouts)
+    shared = shared_groups(policy, groups, config.sharing, longest)
     rollouts = _rollouts(groups, shared, config.modes)
-    model = _torch_model(policy, params)
-    optimizer = _torch_optimizer(model)
-    ours = _Ours(policy.config, update, batch, params)
-    half = dtype == "bfloat16"
-    record = step(
-        model, optimizer, rollouts, update, eta=ETA, gradient_clip=OPTIMIZER.gradient_clip,
-        noise=ours.noise(rollouts), half=half,
-    )  # fmt: skip
+    ours = _Ours(policy.config, update, _batch(groups, shared, longest), params)
+    theirs = _Theirs(policy, update, rollouts, params)
+
     found = dict(ours.before(rollouts))
+    record = theirs.step(ours.noise(rollouts))
     metrics = ours.step()
-    theirs: dict[str, Any] = {
-        "logits": record.logits, "logprobs": record.logprobs, "entropy": record.entropy,
-        "bonus": record.bonus, "advantages": record.advantages,
-    }  # fmt: skip
-    differences = [
-        _difference(name, list(theirs[name].values()), [found[name][place] for place in theirs[name]], dtype)
-        for name in TOLERANCES[dtype]
-        if theirs.get(name)
-    ]
-    norm = float(np.mean(record.gradient_norms))
-    differences += [
-        _difference("loss", [np.mean(record.losses)], [metrics["loss"]], dtype),
-        _difference("gradient norm (relative)", [1.0], [metrics["grad_norm"] / norm], dtype),
-    ]
-    if half:
-        return Comparison(variant, dtype, differences)
-    ratios = {
-        place: (score(model, sample, update.temperature, half).logprobs - record.logprobs[place]).exp().detach()
-        for place, sample in rollouts.samples.items()
-    }
-    ours_ratio = ours.ratio(rollouts)
-    differences.append(_difference("ratio", list(ratios.values()), [ours_ratio[place] for place in ratios], dtype))
-    differences += _parameters(model, policy, ours.state.params, 1)
+    differences = [*_before(found, record, dtype), *_of_step(metrics, record, dtype)]
+    differences.append(_by_tokens("ratio", ours.ratio(rollouts), theirs.ratio(record), dtype))
+    differences += _parameters(params, theirs.params(), ours.state.params, 1, dtype)
     for _ in range(steps - 1):
-        noise = ours.noise(rollouts)
-        step(model, optimizer, rollouts, update, eta=ETA, gradient_clip=OPTIMIZER.gradient_clip, noise=noise)
+        theirs.step(ours.noise(rollouts))
         ours.step()
     if steps > 1:
-        differences += _parameters(model, policy, ours.state.params, steps)
+        differences += _parameters(params, theirs.params(), ours.state.params, steps, dtype)
     return Comparison(variant, dtype, differences)
+
+
+def _sampled_by(modes: Sequence[int], sampling: Sequence[int]) -> list[int]:
+    return [mode if mode in sampling else sampling[0] for mode in modes]
+
+
+class _Theirs:
+    """The PyTorch side: transformers' Qwen3 in float32 with the same weights, and the step as its equations say."""
+
+    def __init__(self, policy: Policy, config: UpdateConfig, rollouts: Any, params: qwen3.Params):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self._config, self._rollouts, self._model_config = config, rollouts, policy.config
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "model"
+            huggingface.save_model(folder, params, policy.config, dtype="float32")
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="eager")
+        self._model = model.eval()
+        self._half = config.dtype == "bfloat16"
+        self._optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=OPTIMIZER.learning_rate,
+            betas=(OPTIMIZER.b1, OPTIMIZER.b2),
+            weight_decay=OPTIMIZER.weight_decay,
+        )
+
+    def step(self, noise: Sequence[Mapping[Any, Any]]) -> Any:
+        from policy_split_jax.parity.torch_step import step
+
+        return step(
+            self._model,
+            self._optimizer,
+            self._rollouts,
+            self._config,
+            eta=ETA,
+            gradient_clip=OPTIMIZER.gradient_clip,
+            noise=noise,
+            half=self._half,
+        )
+
+    def ratio(self, record: Any) -> dict[Any, np.ndarray]:
+        """Of the parameters now against those before the recorded step."""
+        from policy_split_jax.parity.torch_step import score
+
+        def of(place: Any) -> np.ndarray:
+            now = score(self._model, self._rollouts.samples[place], self._config.temperature, self._half)
+            return (now.logprobs - record.logprobs[place]).exp().detach().numpy()
+
+        return {place: of(place) for place in record.logprobs}
+
+    def params(self) -> qwen3.Params:
+        with tempfile.TemporaryDirectory() as scratch:
+            self._model.save_pretrained(scratch)
+            return huggingface.load_params(Path(scratch), self._model_config)
 
 
 class _Ours:
@@ -278,46 +315,41 @@ def _rollouts(groups: Sequence[Group], shared: Sequence[SharedGroup] | None, mod
     return Rollouts(samples, [group.modes for group in groups], rewards)
 
 
-def _torch_model(policy: Policy, params: qwen3.Params) -> Any:
-    """transformers' Qwen3 with these weights, in float32."""
-    from transformers import AutoModelForCausalLM
-
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "model"
-        huggingface.save_model(folder, params, policy.config, dtype="float32")
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="eager").eval()
+def _before(ours: Mapping[str, Mapping[Any, Any]], record: Any, dtype: str) -> Iterator[Difference]:
+    """What there is before the first update."""
+    for name in ("logits", "logprobs", "entropy", "bonus", "advantages"):
+        if theirs := getattr(record, name):
+            yield _by_tokens(name, ours[name], theirs, dtype)
 
 
-def _torch_optimizer(model: Any) -> Any:
-    import torch
-
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr=OPTIMIZER.learning_rate,
-        betas=(OPTIMIZER.b1, OPTIMIZER.b2),
-        weight_decay=OPTIMIZER.weight_decay,
-    )
+def _of_step(metrics: Mapping[str, float], record: Any, dtype: str) -> Iterator[Difference]:
+    """Means over the step's updates."""
+    yield _difference("loss", np.mean(record.losses), metrics["loss"], TOLERANCES[dtype]["loss"])
+    name = "gradient norm (relative)"
+    yield _difference(name, 1.0, metrics["grad_norm"] / np.mean(record.gradient_norms), TOLERANCES[dtype][name])
 
 
-def _parameters(model: Any, policy: Policy, ours: qwen3.Params, steps: int) -> list[Difference]:
+def _by_tokens(name: str, ours: Mapping[Any, Any], theirs: Mapping[Any, Any], dtype: str) -> Difference:
+    values, expected = (np.concatenate([np.asarray(side[place]) for place in theirs]) for side in (ours, theirs))
+    return _difference(name, expected, values, TOLERANCES[dtype][name])
+
+
+def _parameters(start: qwen3.Params, theirs: qwen3.Params, ours: qwen3.Params, steps: int, dtype: str) -> Iterator[Any]:
     """Of every parameter; those of all layers are one."""
-    with tempfile.TemporaryDirectory() as scratch:
-        model.save_pretrained(scratch)
-        theirs = huggingface.load_params(Path(scratch), policy.config)
-    named = jax.tree.leaves_with_path(theirs)
-    return [
-        _difference(
-            "parameter", [leaf], [other], "float32",
-            f"{jax.tree_util.keystr(path, simple=True, separator='/')} after {steps} step{'s' if steps > 1 else ''}",
-        )
-        for (path, leaf), other in zip(named, jax.tree.leaves(ours), strict=True)
-    ]  # fmt: skip
+    name = f"parameters after {steps} step{'s' if steps > 1 else ''}"
+    tolerance = TOLERANCES[dtype]["parameter"]
+    named = zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(start), jax.tree.leaves(theirs), strict=True)
+    for (path, own), old, other in named:
+        part = jax.tree_util.keystr(path, simple=True, separator="/")
+        if dtype == "float32":
+            yield _difference(name, other, own, tolerance, part)
+        else:
+            moved, apart = (np.linalg.norm(np.asarray(change)) for change in (other - old, own - other))
+            yield _difference(f"{name} (of their change)", 0.0, apart / moved, tolerance, part)
 
 
-def _difference(name: str, theirs: Sequence[Any], ours: Sequence[Any], dtype: str, label: str = "") -> Difference:
-    pairs = zip(theirs, ours, strict=True)
-    each = [np.abs(np.asarray(one, np.float64) - np.asarray(other, np.float64)).reshape(-1) for one, other in pairs]
-    values = np.concatenate(each)
+def _difference(name: str, theirs: Any, ours: Any, tolerance: float, part: str = "") -> Difference:
+    values = np.abs(np.asarray(theirs, np.float64) - np.asarray(ours, np.float64))
     # A NaN is no small difference.
     values = np.where(np.isnan(values), np.inf, values)
-    return Difference(label or name, float(values.max()), float(values.mean()), TOLERANCES[dtype][name])
+    return Difference(name, float(values.max()), float(values.mean()), tolerance, part)

@@ -395,15 +395,17 @@ def measure(record: TokenRecord, batch: Batch) -> Measures:
 def _divergences(
     logprobs: Float[Array, "2 P G T"], exact: Float[Array, "2 P G T"], batch: Batch, mask: Bool[Array, "P G T"]
 ) -> dict[str, masked.Mean]:
-    """Between the modes: exact, and the estimators k1 and k3, on the rollouts of the mode that comes first."""
+    """Between the modes, on the rollouts of the mode that comes first: exact, and the estimators k1 and k3 where both
+    modes were scored on what was sampled."""
     means: dict[str, masked.Mean] = {}
     for first, second, name in (
         (HIGH_ENTROPY, NORMAL, "high_entropy_to_normal"),
         (NORMAL, HIGH_ENTROPY, "normal_to_high_entropy"),
     ):
         own = mask & (batch.modes == first)[..., None]
-        log_ratio = masked.where(own, logprobs[first] - logprobs[second])
         means[f"kl/{name}"] = masked.mean_parts(exact[first], own)
-        means[f"kl_k1/{name}"] = masked.mean_parts(log_ratio, own)
-        means[f"kl_k3/{name}"] = masked.mean_parts(jnp.expm1(-log_ratio) + log_ratio, own)
+        if batch.shared is None:
+            log_ratio = masked.where(own, logprobs[first] - logprobs[second])
+            means[f"kl_k1/{name}"] = masked.mean_parts(log_ratio, own)
+            means[f"kl_k3/{name}"] = masked.mean_parts(jnp.expm1(-log_ratio) + log_ratio, own)
     return means

@@ -24,8 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # transformers reads tokenizers here; that it has no PyTorch is nothing to advise about.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from absl import logging
+
     from policy_split_jax import commands
 
+    # The checkpoint library warns where it is asked to read only.
+    logging.set_verbosity(logging.ERROR)
     try:
         run = {
             "train": commands.train,

@@ -320,6 +320,8 @@ class RunConfig:
                 f"train.microbatch_rows ({rows}) must be at least the {rollouts} rollouts of a question, "
                 "each of which may need a row of its own"
             )
+        if self.objective != "policy_split" and self.preset == "released":
+            raise ValueError(f"preset released is of policy_split, not of {self.objective}; leave preset out")
         quarters = self.train.update_order == "quarters"
         if rows and (quarters or not self.sharing.exact):
             raise ValueError(
@@ -469,11 +471,6 @@ def with_preset(tree: dict[str, Any]) -> dict[str, Any]:
     """The settings with those that their preset changes; what is written wins."""
     if tree.get("preset") != "released":
         return tree
-    objective = tree.get("objective", "policy_split")
-    if objective != "policy_split":
-        raise UserError(
-            f"preset released is of policy_split, not of {objective}; leave it out (reward.grader=released)"
-        )
     merged = _over(RELEASED, tree)
     data, reward = tree.get("data", {}), tree.get("reward", {})
     if isinstance(data, dict) and isinstance(reward, dict) and data.get("train", EMBEDDED) != EMBEDDED:

@@ -308,7 +308,7 @@ NOT_PACKED = "train.microbatch_rows packs neither train.update_order=quarters no
         (["objective=grpo", "train.update_order=quarters"], f"objective grpo {ONE_MODE}"),
         (["objective=clip_cov", "sharing.response=text"], f"objective clip_cov {ONE_MODE}"),
         (["objective=kl_cov", "sharing.high_entropy_prompt=user_turn"], f"objective kl_cov {ONE_MODE}"),
-        (["objective=grpo", "preset=released"], f"objective grpo {ONE_MODE}"),
+        (["objective=grpo", "preset=released"], "preset released is of policy_split, not of grpo; leave preset out"),
         (["train.microbatch_rows=8", "train.update_order=quarters"], NOT_PACKED),
         (["train.microbatch_rows=8", "sharing.response=text"], NOT_PACKED),
         (["train.microbatch_rows=8", "sharing.high_entropy_prompt=user_turn"], NOT_PACKED),

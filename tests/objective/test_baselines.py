@@ -20,6 +20,7 @@ from policy_split_jax.objective.baselines import (
     ForkingTokens,
     KlCov,
     baseline_terms,
+    selection_noise,
 )
 
 OBJECTIVES = (
@@ -279,7 +280,7 @@ def test_the_terms_of_each_objective():
     """The advantage of GRPO, but where it is the change; tokens left out or penalised, where those are it."""
     outcome, logprobs, entropy, _, mask = case = random_case(0)
     plain = np.where(mask, outcome[..., None], 0.0)
-    noise = np.asarray(jax.random.uniform(jax.random.key(0), mask.shape))
+    noise = np.asarray(selection_noise(jax.random.key(0), mask.shape))
     scaled = np.where(mask, entropy_driven(outcome, entropy, mask)[..., None], 0.0)
     raised = np.array(plain)
     for index in places(mask):
@@ -302,6 +303,13 @@ def test_the_terms_of_each_objective():
             if theirs is not None:
                 np.testing.assert_array_equal(mine, theirs, err_msg=objective)
                 assert 0 < np.sum(theirs) < np.sum(mask)
+
+
+def test_the_noise_of_a_rollout_is_its_own_however_long_the_others_are():
+    short, long = (np.asarray(selection_noise(jax.random.key(3), (2, 3, length))) for length in (5, 9))
+    np.testing.assert_array_equal(short, long[..., :5])
+    assert len(np.unique(long)) == long.size
+    assert np.all((long >= 0) & (long < 1))
 
 
 def test_the_key_is_what_clip_cov_chooses_by():

@@ -17,6 +17,7 @@ from policy_split_jax.objective.baselines import (
     EntropyRegularization,
     KlCov,
     Terms,
+    selection_noise,
 )
 from policy_split_jax.objective.scorer import TokenScores
 from policy_split_jax.training import update as update_module
@@ -146,7 +147,7 @@ def noises(batch, config):
     shape = (len(batch.modes) // config.updates_per_step, *batch.responses.shape[1:])
     step = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), np.uint32(2**32 - 1))
     keys = [jax.random.fold_in(step, number) for number in range(config.updates_per_step)]
-    return [torch.tensor(np.asarray(jax.random.uniform(key, shape))) for key in keys]
+    return [torch.tensor(np.asarray(selection_noise(key, shape))) for key in keys]
 
 
 def change_of(params, moved):

@@ -243,7 +243,8 @@ def test_a_view_of_what_was_sampled_changes_nothing(bag, sgd_step, model, batche
     (found, metrics), (other, others) = (
         sgd_step(model, bag, each, config, rate=0.3) for each in (plain, plain._replace(shared=view))
     )
-    assert others == pytest.approx(metrics, rel=1e-5, abs=1e-5)  # the same float32 sums in another order
+    same = {name: value for name, value in metrics.items() if not name.startswith(("kl_k1/", "kl_k3/"))}
+    assert others == pytest.approx(same, rel=1e-5, abs=1e-5)  # the same float32 sums in another order
     assert_close(found, other, atol=1e-5)
 
 

@@ -1,6 +1,8 @@
 """Shared fixtures; switches on run-time checks of array shapes and dtypes for the whole package."""
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -17,6 +19,14 @@ from jaxtyping import install_import_hook
 install_import_hook("policy_split_jax", "beartype.beartype")
 
 PROJECT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts() -> Iterator[None]:
+    """A suite in the background of a shell ignores interrupts, and so would what it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

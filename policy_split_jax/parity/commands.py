@@ -16,7 +16,8 @@ from policy_split_jax.errors import UserError
 from policy_split_jax.files import check_output, whole_file, write_json
 from policy_split_jax.model.qwen3 import Params
 from policy_split_jax.modes import HIGH_ENTROPY, NORMAL
-from policy_split_jax.parity.rollouts import ScoreOptions, compare_rollouts, read_dump, show
+from policy_split_jax.parity.dumps import read_dump
+from policy_split_jax.parity.rollouts import ScoreOptions, compare_rollouts, show
 from policy_split_jax.parity.step import UPDATES, VARIANTS, Comparison
 from policy_split_jax.parity.step import compare as compare_step
 from policy_split_jax.policy import Policy, load_model

@@ -16,8 +16,9 @@ from policy_split_jax.dump import dump_rows
 from policy_split_jax.errors import UserError
 from policy_split_jax.model import huggingface
 from policy_split_jax.modes import HIGH_ENTROPY, NORMAL, ModePrompts, encode_plain
+from policy_split_jax.parity.dumps import read_dump
 from policy_split_jax.parity.inputs import random_model, sampled_groups
-from policy_split_jax.parity.rollouts import ScoreOptions, compare_rollouts, read_dump, show
+from policy_split_jax.parity.rollouts import ScoreOptions, compare_rollouts, show
 from policy_split_jax.policy import Policy
 from policy_split_jax.rewards import Grade
 from policy_split_jax.rollouts import shared_groups

@@ -21,6 +21,11 @@ install_import_hook("policy_split_jax", "beartype.beartype")
 PROJECT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first, so that in the end no core waits for it."""
+    items.sort(key=lambda item: item.path.name != "test_devices.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interrupts() -> Iterator[None]:
     """A suite in the background of a shell ignores interrupts, and so would what it starts."""

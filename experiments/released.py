@@ -7,14 +7,10 @@ what was interrupted goes on. The table has means over seeds, and in brackets th
 """
 
 import argparse
-import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import Queue
 from statistics import mean, stdev
+
+from runs import Job, cores, evaluations, run_all
 
 FOLDER = Path("runs/released")
 FOUR = {"train.updates_per_step": "4"}
@@ -57,38 +53,6 @@ def overrides(variant: dict[str, str], steps: int) -> dict[str, str]:
     } | variant
 
 
-def run(name: str, settings: dict[str, str], cores: "Queue[int]") -> None:
-    """One training run on a core of its own; raises where it fails."""
-    if (FOLDER / name / "summary.json").is_file():
-        return
-    core = cores.get()
-    command = [
-        sys.executable,
-        "-m",
-        "policy_split_jax.cli",
-        "train",
-        "configs/tiny.yaml",
-        f"output={FOLDER}",
-        f"name={name}",
-    ]
-    try:
-        with (FOLDER / f"{name}.log").open("a") as log:
-            subprocess.run(
-                [*command, *(f"{key}={value}" for key, value in settings.items())],
-                stdout=log, stderr=log, check=True,
-                env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(FOLDER.resolve() / "compiled")},
-                preexec_fn=lambda: os.sched_setaffinity(0, {core}),
-            )  # fmt: skip
-    finally:
-        cores.put(core)
-
-
-def last(name: str) -> dict[str, float]:
-    """The last evaluation."""
-    lines = (FOLDER / name / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == "eval"][-1]
-
-
 def cell(values: list[float]) -> str:
     return f"{mean(values):.3f}" + (f" ({stdev(values):.3f})" if len(values) > 1 else "")
 
@@ -97,23 +61,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--parallel", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--parallel", type=int, default=cores())
     chosen = parser.parse_args()
-    FOLDER.mkdir(parents=True, exist_ok=True)
     names = {(title, seed): f"{at}-seed{seed}" for seed in chosen.seeds for at, title in enumerate(VARIANTS)}
-    cores: Queue[int] = Queue()
-    for core in sorted(os.sched_getaffinity(0))[: chosen.parallel]:
-        cores.put(core)
-    with ThreadPoolExecutor(chosen.parallel) as pool:
-        jobs = [
-            pool.submit(run, name, overrides(VARIANTS[title], chosen.steps) | {"train.seed": str(seed)}, cores)
-            for (title, seed), name in names.items()
-        ]
-        for job in jobs:
-            job.result()
+    jobs = [
+        Job(name, "configs/tiny.yaml", overrides(VARIANTS[title], chosen.steps) | {"train.seed": str(seed)})
+        for (title, seed), name in names.items()
+    ]
+    run_all(jobs, FOLDER, chosen.parallel)
     print(f"| {' | '.join(['', *FIGURES])} |\n|{'---|' * (len(FIGURES) + 1)}")
     for title in VARIANTS:
-        ends = [last(names[title, seed]) for seed in chosen.seeds]
+        ends = [evaluations(FOLDER / names[title, seed])[-1] for seed in chosen.seeds]
         print(f"| {title} | {' | '.join(cell([end[key] for end in ends]) for key in FIGURES.values())} |")
 
 

@@ -13,4 +13,4 @@ if [[ $# -eq 0 ]]; then
   ruff check .
   pyright
 fi
-exec python -m pytest -n 2 --dist loadfile "$@"
+exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

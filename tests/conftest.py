@@ -23,7 +23,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest comes first, so that in the end no core waits for it."""
-    items.sort(key=lambda item: item.path.name != "test_devices.py")
+    items.sort(key=lambda item: item.path.name not in ("test_devices.py", "test_processes.py"))
 
 
 @pytest.fixture(scope="session", autouse=True)

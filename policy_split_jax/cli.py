@@ -1,5 +1,5 @@
-"""The command line: `policy-split train | sft | sample | score | eval | serve | export | report | plan | compare |
-from-verl`."""
+"""The command line: `policy-split train | sft | sample | score | eval | diversity | serve | export | report | plan |
+compare | from-verl`."""
 
 import argparse
 import errno
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "sample": commands.sample,
             "score": commands.score,
             "eval": commands.evaluate,
+            "diversity": commands.diversity,
             "serve": commands.serve,
             "export": commands.export,
             "report": commands.report,
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     _sample(commands)
     _score(commands)
     _eval(commands)
+    _diversity(commands)
     _serve(commands)
     _export(commands)
     _report(commands)
@@ -205,6 +207,19 @@ def _eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     parser.add_argument("--output", metavar="FILE", help="JSON to write (default eval.json)", default="eval.json")
     _sampling_options(parser)
     _engine_options(parser)
+
+
+def _diversity(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "diversity",
+        help="how varied the answers of either mode are",
+        description="Div-2-gram, Div-BLEU and distinct openings of answers, for creative writing. Reads what sample "
+        "writes (--n 8 gives the paper's eight samples of each prompt). Needs the writing extra.",
+    )
+    parser.add_argument("input", metavar="FILE", help="JSONL; rows have question, mode and text")
+    parser.add_argument(
+        "--output", metavar="FILE", default="diversity.json", help="JSON to write (default diversity.json)"
+    )
 
 
 def _serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

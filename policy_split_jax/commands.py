@@ -180,6 +180,43 @@ def evaluate(options: argparse.Namespace) -> None:
     print(f"written to {options.output}")
 
 
+def diversity(options: argparse.Namespace) -> None:
+    """`policy-split diversity FILE`."""
+    from rich.table import Table
+
+    from policy_split_jax.evaluation.diversity import diversity as run
+    from policy_split_jax.rewards.answers import after_think
+
+    output = check_output(Path(options.output))
+    texts: dict[str, dict[str, list[str]]] = {}
+    for place, record in read_records(Path(options.input)):
+        question, mode, text = (_text_of(place, record, key) for key in ("question", "mode", "text"))
+        texts.setdefault(mode, {}).setdefault(question, []).append(after_think(text))
+    if not texts:
+        raise UserError(f"{options.input}: holds no rows; give a file that policy-split sample wrote")
+    found = {
+        mode: {
+            "prompts": len(prompts),
+            "samples": sum(map(len, prompts.values())),
+            "blank": sum(not text.strip() for samples in prompts.values() for text in samples),
+            **run(list(prompts.values())),
+        }
+        for mode, prompts in texts.items()
+    }
+    table = Table("", *found)
+    for name in next(iter(found.values())):
+        table.add_row(name, *(f"{figures[name]:.4g}" for figures in found.values()))
+    table_console().print(table)
+    write_json(output, found)
+    print(f"written to {output}")
+
+
+def _text_of(place: str, record: dict[str, Any], key: str) -> str:
+    if not isinstance(record.get(key), str):
+        raise UserError(f"{place}: {key} must be there as text; give a file that policy-split sample wrote")
+    return record[key]
+
+
 def export(options: argparse.Namespace) -> None:
     """`policy-split export`."""
     policy, params = load_chosen(options)

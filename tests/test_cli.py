@@ -245,3 +245,28 @@ def test_a_question_from_standard_input(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["normal", "high-entropy"]
     assert jax.device_count() == 1
+
+
+def test_diversity_is_told_by_mode(tmp_path, capsys):
+    texts = {
+        "normal": ["the sea the sea the sea", "the sea the sea the sea"],
+        "high-entropy": ["<think>a plan</think>one red fox ran home", "nobody had ever seen two moons"],
+    }
+    rows = [{"question": "A story.", "mode": mode, "text": text} for mode, both in texts.items() for text in both]
+    path, output = tmp_path / "stories.jsonl", tmp_path / "found.json"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["diversity", str(path), "--output", str(output)]) == 0
+    assert "div_2_gram" in capsys.readouterr().out
+    found = json.loads(output.read_text())
+    counts = {"prompts": 1, "samples": 2, "blank": 0}
+    # Two of five bigrams differ, and both texts are one.
+    assert found["normal"] == counts | {"div_2_gram": 0.4, "div_bleu": 0.0, "distinct_openings": 0.5}
+    assert found["high-entropy"]["div_2_gram"] == found["high-entropy"]["distinct_openings"] == 1.0
+    path.write_text("")
+    assert main(["diversity", str(path), "--output", str(output)]) == 2
+    assert "stories.jsonl: holds no rows" in capsys.readouterr().err
+    path.write_text(json.dumps({"question": "A story.", "mode": "normal"}) + "\n")
+    assert main(["diversity", str(path), "--output", str(output)]) == 2
+    assert "stories.jsonl:1: text must be there as text; give a file that policy-split sample wrote" in (
+        capsys.readouterr().err
+    )

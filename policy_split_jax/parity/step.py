@@ -54,6 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # nearly zero, so that a parameter may differ by a tenth of an update. bfloat16 has 8 bits: 0.4 % of logits of size 10,
 # layer for layer, and a ratio has four such log-probabilities. There AdamW's first updates turn with the sign of every
 # small gradient: of a parameter's change an eighth may have the other sign, which makes 2·√⅛ of its norm.
+# Of some hundred tokens one may be clipped on one side alone, which is a tenth of a gradient's norm.
 TOLERANCES = {
     "float32": {
         "logits": 1e-4, "logprobs": 1e-4, "entropy": 1e-4, "bonus": 1e-3, "advantages": 1e-3, "ratio": 1e-4,
@@ -61,7 +62,7 @@ TOLERANCES = {
     },
     "bfloat16": {
         "logits": 0.3, "logprobs": 0.3, "entropy": 0.1, "bonus": 0.3, "advantages": 0.1, "ratio": 0.5, "loss": 0.02,
-        "gradient norm (relative)": 0.05, "parameter": 0.7,
+        "gradient norm (relative)": 0.1, "parameter": 0.7,
     },
 }  # fmt: skip
 

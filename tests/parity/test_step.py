@@ -32,8 +32,9 @@ def test_every_variant_agrees(inputs, variant):
     assert [each for each in found.differences if not each.passes] == []
 
 
-def test_bfloat16_agrees(inputs):
-    found = compare(*inputs, "paper", "bfloat16", steps=2)
+@pytest.mark.parametrize("variant", ["paper", "clip_higher"])
+def test_bfloat16_agrees(inputs, variant):
+    found = compare(*inputs, variant, "bfloat16", steps=2)
     assert [each for each in found.differences if not each.passes] == []
     largest = {each.name: each.largest for each in found.differences}
     # It is bfloat16: float32 differs by a thousandth of this.

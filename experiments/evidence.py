@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from runs import Job, cores, evaluations, run_all
+from jobs import Job, cores, evaluations, run_all
 from scipy import stats
 
 FOLDER = Path("runs/evidence")

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from statistics import mean, stdev
 
-from runs import Job, cores, evaluations, run_all
+from jobs import Job, cores, evaluations, run_all
 
 FOLDER = Path("runs/released")
 FOUR = {"train.updates_per_step": "4"}

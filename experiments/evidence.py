@@ -15,8 +15,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from jobs import Job, cores, evaluations, run_all
+from jobs import FIGURES as COMMON
+from jobs import Job, cores, ended, evaluations
 from scipy import stats
+
+from policy_split_jax import config
 
 FOLDER = Path("runs/evidence")
 RESULTS = Path("experiments/results/evidence.jsonl")
@@ -31,21 +34,12 @@ METHODS = {
     "entropy regularization": "configs/baselines/entropy_regularization.yaml",
     "entropy advantage": "configs/baselines/entropy_advantage.yaml",
 }
-TWICE = ("clip-higher", "KL-Cov")
-"""They have two updates a step, over which the learning rate decays."""
 RATES = (2e-4, 4e-4, 8e-4)
 TUNING_SEED = 100
 TASKS = {3: {}, 4: {"rollout.max_new_tokens": 14}}
 """By how many numbers a puzzle has."""
 STEPS = 120
-FIGURES = {
-    "accuracy, normal": "accuracy/normal",
-    "accuracy, HE": "accuracy/high_entropy",
-    "entropy, normal": "entropy/normal",
-    "entropy, HE": "entropy/high_entropy",
-    "KL(HE‖N)": "kl/high_entropy_to_normal",
-    "best of 8, normal": "best_of_k/normal",
-    "best of 8, HE": "best_of_k/high_entropy",
+FIGURES = COMMON | {
     "4 + 4 of both": "pass@8/both",
     "distinct right, normal": "distinct_correct/normal",
     "distinct right, HE": "distinct_correct/high_entropy",
@@ -66,7 +60,8 @@ class Run(NamedTuple):
         return f"{self.numbers}-{self.method.replace(' ', '-').lower()}-{self.rate:g}-seed{self.seed}"
 
     def job(self) -> Job:
-        updates = STEPS * (2 if self.method in TWICE else 1)
+        # The learning rate decays over the updates, of which some methods have two a step.
+        updates = STEPS * config.load(config.RunConfig, METHODS[self.method]).train.updates_per_step
         settings = {
             "data.numbers": f"[{self.numbers}]",
             "rollout.questions_per_step": 32,
@@ -91,18 +86,14 @@ def read_results() -> Results:
 
 
 def complete(wanted: Iterable[Run], results: Results, parallel: int) -> None:
-    """Runs those that have no result yet, and adds theirs to the file, a few at a time."""
-    missing = [run for run in wanted if run not in results]
-    for at in range(0, len(missing), parallel):
-        some = missing[at : at + parallel]
-        run_all([run.job() for run in some], FOLDER, parallel)
-        RESULTS.parent.mkdir(exist_ok=True)
+    """Runs those that have no result yet, and adds each one's to the file as it ends."""
+    missing = {run.name: run for run in wanted if run not in results}
+    RESULTS.parent.mkdir(exist_ok=True)
+    for job in ended([run.job() for run in missing.values()], FOLDER, parallel):
+        run, keys = missing[job.name], ("step", *FIGURES.values())
+        results[run] = [{key: row[key] for key in keys} for row in evaluations(FOLDER / job.name)]
         with RESULTS.open("a", encoding="utf-8") as file:
-            for run in some:
-                keys = ("step", *FIGURES.values())
-                results[run] = [{key: row[key] for key in keys} for row in evaluations(FOLDER / run.name)]
-                file.write(json.dumps({"run": run, "evaluations": results[run]}) + "\n")
-        print(f"{at + len(some)} of {len(missing)}", flush=True)
+            file.write(json.dumps({"run": run, "evaluations": results[run]}) + "\n")
 
 
 def best_rate(results: Results, numbers: int, method: str) -> float:

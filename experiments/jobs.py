@@ -1,15 +1,27 @@
 """Training runs of the command line, side by side, a core each: what the experiments have in common."""
 
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
 from typing import Any
+
+from policy_split_jax.report.runs import read_run
+
+FIGURES = {
+    "accuracy, normal": "accuracy/normal",
+    "accuracy, HE": "accuracy/high_entropy",
+    "entropy, normal": "entropy/normal",
+    "entropy, HE": "entropy/high_entropy",
+    "KL(HE‖N)": "kl/high_entropy_to_normal",
+    "best of 8, normal": "best_of_k/normal",
+    "best of 8, HE": "best_of_k/high_entropy",
+}
+"""What every table shows of an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -21,21 +33,27 @@ class Job:
     settings: Mapping[str, Any]
 
 
-def run_all(jobs: list[Job], folder: Path, parallel: int) -> None:
-    """Runs what has not ended yet; what was interrupted goes on. Raises CalledProcessError where a run fails."""
+def ended(jobs: Sequence[Job], folder: Path, parallel: int) -> Iterator[Job]:
+    """Runs them, and yields each as it ends; those that had ended before are not run again, those interrupted go on.
+
+    Raises CalledProcessError where a run fails.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    cores: Queue[int] = Queue()
+    free: Queue[int] = Queue()
     for core in sorted(os.sched_getaffinity(0))[:parallel]:
-        cores.put(core)
-    left = [job for job in jobs if not (folder / job.name / "summary.json").is_file()]
+        free.put(core)
     with ThreadPoolExecutor(parallel) as pool:
-        for number, done in enumerate([pool.submit(_run, job, folder, cores) for job in left], 1):
-            done.result()
-            print(f"{number} of {len(left)} runs done", file=sys.stderr, flush=True)
+        futures = {pool.submit(_run, job, folder, free): job for job in jobs}
+        for number, future in enumerate(as_completed(futures), 1):
+            future.result()
+            print(f"{number} of {len(jobs)}: {futures[future].name}", file=sys.stderr, flush=True)
+            yield futures[future]
 
 
-def _run(job: Job, folder: Path, cores: "Queue[int]") -> None:
-    core = cores.get()
+def _run(job: Job, folder: Path, free: "Queue[int]") -> None:
+    if (folder / job.name / "summary.json").is_file():
+        return
+    core = free.get()
     settings = {"output": folder, "name": job.name} | dict(job.settings)
     command = [sys.executable, "-m", "policy_split_jax.cli", "train", job.config]
     try:
@@ -47,13 +65,12 @@ def _run(job: Job, folder: Path, cores: "Queue[int]") -> None:
                 preexec_fn=lambda: os.sched_setaffinity(0, {core}),
             )  # fmt: skip
     finally:
-        cores.put(core)
+        free.put(core)
 
 
-def evaluations(folder: Path) -> list[dict[str, Any]]:
+def evaluations(folder: Path) -> Sequence[dict[str, Any]]:
     """A run's evaluations, in their order."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == "eval"]
+    return read_run(folder, folder.name).evaluation
 
 
 def cores() -> int:

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from statistics import mean, stdev
 
-from jobs import Job, cores, evaluations, run_all
+from jobs import FIGURES, Job, cores, ended, evaluations
 
 FOLDER = Path("runs/released")
 FOUR = {"train.updates_per_step": "4"}
@@ -27,15 +27,6 @@ VARIANTS = {
     "6 max-min in place of z-score": {"advantage.normalize": "range"},
     "6 exact entropy in place of −log p": {"advantage.surprise": "entropy"},
     "preset released (1 to 5)": {"preset": "released"},
-}
-FIGURES = {
-    "accuracy, normal": "accuracy/normal",
-    "accuracy, HE": "accuracy/high_entropy",
-    "entropy, normal": "entropy/normal",
-    "entropy, HE": "entropy/high_entropy",
-    "KL(HE‖N)": "kl/high_entropy_to_normal",
-    "best of 8, normal": "best_of_k/normal",
-    "best of 8, HE": "best_of_k/high_entropy",
 }
 
 
@@ -68,7 +59,8 @@ def main() -> None:
         Job(name, "configs/tiny.yaml", overrides(VARIANTS[title], chosen.steps) | {"train.seed": str(seed)})
         for (title, seed), name in names.items()
     ]
-    run_all(jobs, FOLDER, chosen.parallel)
+    for _ in ended(jobs, FOLDER, chosen.parallel):
+        pass
     print(f"| {' | '.join(['', *FIGURES])} |\n|{'---|' * (len(FIGURES) + 1)}")
     for title in VARIANTS:
         ends = [evaluations(FOLDER / names[title, seed])[-1] for seed in chosen.seeds]

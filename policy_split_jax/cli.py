@@ -113,7 +113,15 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 def _engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slots", type=_positive, default=64, help="rollouts decoded at once (default 64)")
     parser.add_argument("--max-prompt-tokens", type=_positive, default=2048, help="longest prompt (default 2048)")
+    _dtype_option(parser)
+
+
+def _dtype_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the activations")
+
+
+def _output_option(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--output", metavar="FILE", default=default, help=f"file to write (default {default})")
 
 
 def _sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -181,7 +189,7 @@ def _score(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "--prompt-tokens", action="store_true", help="rows carry prompt_tokens and response_tokens, taken as they are"
     )
     parser.add_argument("--temperature", type=_above_zero, default=1.0, help="of the distributions (default 1.0)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the activations")
+    _dtype_option(parser)
 
 
 def _eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -204,7 +212,7 @@ def _eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     parser.add_argument(
         "--max-new-tokens", type=_positive, help="longest answer (default 16 for the embedded task, 2048 for files)"
     )
-    parser.add_argument("--output", metavar="FILE", help="JSON to write (default eval.json)", default="eval.json")
+    _output_option(parser, "eval.json")
     _sampling_options(parser)
     _engine_options(parser)
 
@@ -217,9 +225,7 @@ def _diversity(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "writes (--n 8 gives the paper's eight samples of each prompt). Needs the writing extra.",
     )
     parser.add_argument("input", metavar="FILE", help="JSONL; rows have question, mode and text")
-    parser.add_argument(
-        "--output", metavar="FILE", default="diversity.json", help="JSON to write (default diversity.json)"
-    )
+    _output_option(parser, "diversity.json")
 
 
 def _serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -300,19 +306,14 @@ def _compare_step(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--questions", type=_positive, default=4, help="how many; a multiple of 4 (default 4)")
     parser.add_argument(
-        "--variant",
-        action="append",
-        metavar="NAME",
-        help="paper, released or a baseline; repeatable (default all)",
+        "--variant", action="append", metavar="NAME", help="paper, released or a baseline; repeatable (default all)"
     )
     parser.add_argument(
         "--dtype", action="append", choices=("float32", "bfloat16"), help="of the activations (default both)"
     )
     parser.add_argument("--steps", type=_positive, default=3, help="optimizer steps (default 3)")
     parser.add_argument("--seed", type=_seed, default=0, help="of weights and rollouts")
-    parser.add_argument(
-        "--output", metavar="FILE", default="compare-step.json", help="JSON to write (default compare-step.json)"
-    )
+    _output_option(parser, "compare-step.json")
 
 
 def _compare_rollouts(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -331,13 +332,8 @@ def _compare_rollouts(kinds: "argparse._SubParsersAction[argparse.ArgumentParser
         "--max-new-tokens", type=_positive, help="that trainer's limit; responses of that length have no stop token"
     )
     parser.add_argument("--padding", action="store_true", help="it ran without use_remove_padding")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the activations")
-    parser.add_argument(
-        "--output",
-        metavar="FILE",
-        default="compare-rollouts.json",
-        help="JSON (default compare-rollouts.json)",
-    )
+    _dtype_option(parser)
+    _output_option(parser, "compare-rollouts.json")
 
 
 def _compare_curves(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -351,9 +347,7 @@ def _compare_curves(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "runs", nargs="+", metavar="RUN", help="PATH, or LABEL=PATH,PATH,... for runs that differ in their seed alone"
     )
     parser.add_argument("--names", metavar="FILE", help="YAML with lines of `their name: our name`")
-    parser.add_argument(
-        "--output", metavar="FILE", default="compare-curves.html", help="page to write (default compare-curves.html)"
-    )
+    _output_option(parser, "compare-curves.html")
 
 
 def _from_verl(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -13,7 +13,7 @@ from policy_split_jax.training.quarters import QUARTERS
 def dump_rows(
     policy: Policy, groups: Sequence[Group], shared: Sequence[SharedGroup] | None, step: int
 ) -> Iterator[dict[str, Any]]:
-    """Texts are without special tokens; `uuids` name a question under one mode, `in_batch_ids` count."""
+    """Texts are without special tokens; `uuids` names a question under one mode, `in_batch_ids` a question."""
     views = shared_views(groups, shared)
     modes = {mode for group in groups for mode in group.modes}
     for trained, sampled in (quarter for quarter in QUARTERS if modes.issuperset(quarter)):

@@ -26,7 +26,8 @@ from policy_split_jax.policy import Policy
 from policy_split_jax.rewards import Grade, GradeItem, GraderPool
 from policy_split_jax.sampler.batcher import Prompt, Rollout, Sampling
 from policy_split_jax.sampler.rollout import Sampler, rollout_keys
-from policy_split_jax.training.collate import SharedGroup
+from policy_split_jax.training.batch import Batch
+from policy_split_jax.training.collate import SharedGroup, make_batch
 
 Progress = Callable[[int], None]
 
@@ -109,6 +110,25 @@ def grade_groups(pool: GraderPool, groups: Sequence[Group]) -> None:
     grades = (Grade(**grade) for part in shared for grade in part)
     for group in groups:
         group.grades = [next(grades) for _ in group.rollouts]
+
+
+def group_batch(
+    groups: Sequence[Group],
+    *,
+    max_prompt_tokens: int,
+    max_new_tokens: int,
+    shared: Sequence[SharedGroup] | None = None,
+) -> Batch:
+    """A step's graded groups as the update reads them."""
+    return make_batch(
+        [group.prompts for group in groups],
+        [group.rollouts for group in groups],
+        [group.modes for group in groups],
+        [[grade.score for grade in group.grades] for group in groups],
+        max_prompt_tokens=max_prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        shared=shared,
+    )
 
 
 def shared_groups(

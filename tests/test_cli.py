@@ -250,7 +250,7 @@ def test_a_question_from_standard_input(monkeypatch, capsys):
 def test_diversity_is_told_by_mode(tmp_path, capsys):
     texts = {
         "normal": ["the sea the sea the sea", "the sea the sea the sea"],
-        "high-entropy": ["<think>a plan</think>one red fox ran home", "nobody had ever seen two moons"],
+        "high-entropy": [f"<think>a plan of five words</think>{story}" for story in ("one red fox", "two blue moons")],
     }
     rows = [{"question": "A story.", "mode": mode, "text": text} for mode, both in texts.items() for text in both]
     path, output = tmp_path / "stories.jsonl", tmp_path / "found.json"

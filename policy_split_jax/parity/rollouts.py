@@ -45,12 +45,13 @@ from policy_split_jax.modes import HIGH_ENTROPY, MODE_NAMES, NORMAL
 from policy_split_jax.padding import TokenRow
 from policy_split_jax.parity.dumps import Dump, Place, SharedPrompt, read_dump
 from policy_split_jax.policy import Policy
+from policy_split_jax.rollouts import group_batch
 from policy_split_jax.training.batch import Batch, SharedView, own_rollouts, token_mask, training_mask
-from policy_split_jax.training.collate import SharedGroup, make_batch
+from policy_split_jax.training.collate import SharedGroup
 from policy_split_jax.training.loop import update_config
 from policy_split_jax.training.quarters import QUARTERS
 from policy_split_jax.training.state import TrainState, init_state
-from policy_split_jax.training.update import Measures, Step, TokenRecord, joined, measure
+from policy_split_jax.training.update import Measures, Step, TokenRecord, as_trained, joined, measure
 
 
 @dataclass(frozen=True)
@@ -162,10 +163,7 @@ def _score(step: Step, state: TrainState, own: Batch, longer: SharedView) -> tup
     other = step.score_rollouts(state.params, *longer)
     batch = own._replace(shared=longer._replace(response_lengths=longer.response_lengths - 1))
     mine, mask = own_rollouts(batch), training_mask(batch)
-    # As `Step.score` does, which would score again what was sampled.
-    seen = jax.tree.map(
-        lambda sampled, shared: masked.where(mask, jnp.where(mine, sampled, shared)), right._replace(kl=None), other
-    )
+    seen = as_trained(right, other, batch)
     advantages = step.terms(seen, batch, state, 0).advantages
     exact = step.terms(right, own, state, 0).advantages
     record = TokenRecord(right, right.logprobs, exact, jnp.zeros_like(exact))
@@ -230,16 +228,7 @@ def _microbatches(dump: Dump, options: ScoreOptions) -> Iterator[tuple[Batch, Sh
     )
     for start in range(0, len(shared), options.microbatch_questions):
         some = slice(start, start + options.microbatch_questions)
-        groups = dump.groups[some]
-        batch = make_batch(
-            [group.prompts for group in groups],
-            [group.rollouts for group in groups],
-            [group.modes for group in groups],
-            [[grade.score for grade in group.grades] for group in groups],
-            max_prompt_tokens=widest,
-            max_new_tokens=longest,
-            shared=shared[some],
-        )
+        batch = group_batch(dump.groups[some], max_prompt_tokens=widest, max_new_tokens=longest, shared=shared[some])
         assert batch.shared is not None
         yield batch._replace(shared=None), batch.shared
 

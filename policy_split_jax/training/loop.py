@@ -35,6 +35,7 @@ from policy_split_jax.rollouts import (
     Group,
     check_prompts,
     grade_groups,
+    group_batch,
     sample_groups,
     shared_groups,
     step_key,
@@ -43,7 +44,7 @@ from policy_split_jax.rollouts import (
 from policy_split_jax.sampler.batcher import EngineConfig, Sampling
 from policy_split_jax.sampler.rollout import Sampler
 from policy_split_jax.training.checkpoint import Checkpoints, latest_step, load_checkpoint_params, load_run_policy
-from policy_split_jax.training.collate import SharedGroup, make_batch
+from policy_split_jax.training.collate import SharedGroup
 from policy_split_jax.training.console import RunDisplay
 from policy_split_jax.training.metrics_log import MetricsLog
 from policy_split_jax.training.optimizer import make_optimizer, make_schedule
@@ -167,11 +168,8 @@ class Trainer:
         self, groups: Sequence[Group], shared: Sequence[SharedGroup] | None
     ) -> tuple[TrainState, dict[str, Any]]:
         rollout, chosen = self.config.rollout, self.config.train
-        batch = make_batch(
-            [group.prompts for group in groups],
-            [group.rollouts for group in groups],
-            [group.modes for group in groups],
-            [[grade.score for grade in group.grades] for group in groups],
+        batch = group_batch(
+            groups,
             max_prompt_tokens=rollout.max_prompt_tokens,
             max_new_tokens=rollout.max_new_tokens,
             shared=shared,

@@ -182,11 +182,7 @@ class Step:
         own = self.score_rollouts(params, *seen, places=places, with_kl=contexts == 2)
         if batch.shared is None:
             return own
-        other = self.score_rollouts(params, *batch.shared)
-        mine, mask = own_rollouts(batch), training_mask(batch)
-        # Where one of the two is longer, the bonus meets nothing of the other.
-        logprobs = masked.where(mask, jnp.where(mine, own.logprobs, other.logprobs))
-        return TokenScores(logprobs, masked.where(mask, jnp.where(mine, own.entropy, other.entropy)), own.kl)
+        return as_trained(own, self.score_rollouts(params, *batch.shared), batch)
 
     def score_rollouts(self, params: qwen3.Params, *sequences: Array, **chosen: Any) -> TokenScores:
         config = self.config
@@ -358,6 +354,17 @@ class Step:
             for mode, name in enumerate(MODE_NAMES)
         }
         return masked.total(losses[0] * weights, each.mask), Measures(means, {})
+
+
+def as_trained(own: TokenScores, other: TokenScores, batch: Batch) -> TokenScores:
+    """Of scores of what was sampled and of what is shared, those of what each mode trains on.
+
+    Divergences are of what was sampled.
+    """
+    mine, mask = own_rollouts(batch), training_mask(batch)
+    # Where one of the two is longer, the bonus meets nothing of the other.
+    logprobs = masked.where(mask, jnp.where(mine, own.logprobs, other.logprobs))
+    return TokenScores(logprobs, masked.where(mask, jnp.where(mine, own.entropy, other.entropy)), own.kl)
 
 
 def selection_key(state: TrainState, number: Array | int) -> Key[Array, ""]:

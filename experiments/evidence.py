@@ -34,16 +34,19 @@ METHODS = {
     "entropy regularization": "configs/baselines/entropy_regularization.yaml",
     "entropy advantage": "configs/baselines/entropy_advantage.yaml",
 }
-RATES = (2e-4, 4e-4, 8e-4)
+RATES = (1e-4, 2e-4, 4e-4)
 TUNING_SEED = 100
 TASKS = {3: {}, 4: {"rollout.max_new_tokens": 14}}
 """By how many numbers a puzzle has."""
-STEPS = 120
+STEPS = 300
 FIGURES = COMMON | {
     "4 + 4 of both": "pass@8/both",
+    "8 + 8 of both": "best_of_k/both",
     "distinct right, normal": "distinct_correct/normal",
     "distinct right, HE": "distinct_correct/high_entropy",
+    "distinct right, both": "distinct_correct/both",
     "solved by HE alone": "only_high_entropy_solved",
+    "KL(N‖HE)": "kl/normal_to_high_entropy",
 }
 
 
@@ -69,6 +72,8 @@ class Run(NamedTuple):
             "optimizer.decay_steps": updates,
             "train.steps": STEPS,
             "train.eval_every": STEPS // 4,
+            "train.save_every": STEPS // 2,
+            "train.keep_checkpoints": 1,
             "train.seed": self.seed,
         }
         return Job(self.name, METHODS[self.method], settings | TASKS[self.numbers])

@@ -164,10 +164,21 @@ class RolloutConfig:
 class SharingConfig:
     """What a mode trains on of the rollouts that the other mode sampled."""
 
+    rollouts: Literal["all", "own"] = "all"
+    """`own` shares none: each mode has its advantages among its own rollouts, and trains on those."""
+    importance_cap: float = 0.0
+    """Weigh each token of a shared rollout by how much likelier the mode that trains finds it than the mode that
+    sampled it, at most so much; 0 is off, as in the paper."""
     high_entropy_prompt: Literal["system", "user_turn"] = "system"
     """Of normal rollouts: the mode's own prompt, or as in the released code one user turn that holds its text."""
     response: Literal["tokens", "text"] = "tokens"
     """The sampled tokens, or as in the released code their text encoded anew, which loses the stop token."""
+
+    def __post_init__(self) -> None:
+        _require("importance_cap", self.importance_cap, self.importance_cap == 0 or self.importance_cap >= 1,
+                 "at least 1, or 0 for no weights")  # fmt: skip
+        if self.rollouts == "own" and (self.importance_cap or not self.exact):
+            raise ValueError("rollouts: own shares nothing; leave the other settings of sharing out")
 
     @property
     def exact(self) -> bool:
@@ -325,10 +336,13 @@ class RunConfig:
         quarters = self.train.update_order == "quarters"
         if rows and (quarters or not self.sharing.exact):
             raise ValueError(
-                "train.microbatch_rows packs neither train.update_order=quarters nor sharing.*; set it to 0"
+                "train.microbatch_rows packs neither train.update_order=quarters nor other views of shared rollouts "
+                "(sharing.high_entropy_prompt, sharing.response); set it to 0"
             )
-        if self.objective != "policy_split" and (quarters or not self.sharing.exact):
+        if self.objective != "policy_split" and (quarters or self.sharing != SharingConfig()):
             raise ValueError(f"objective {self.objective} trains one mode: train.update_order and sharing.* need two")
+        if quarters and self.sharing.rollouts == "own":
+            raise ValueError("sharing.rollouts=own leaves two of train.update_order's quarters empty; use questions")
         for item in fields(self.baseline):
             settings = getattr(self.baseline, item.name)
             if item.name != self.objective and settings != type(settings)():

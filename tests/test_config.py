@@ -299,7 +299,10 @@ def test_a_missing_file(tmp_path):
 
 
 ONE_MODE = "trains one mode: train.update_order and sharing.* need two"
-NOT_PACKED = "train.microbatch_rows packs neither train.update_order=quarters nor sharing.*; set it to 0"
+NOT_PACKED = (
+    "train.microbatch_rows packs neither train.update_order=quarters nor other views of shared rollouts "
+    "(sharing.high_entropy_prompt, sharing.response); set it to 0"
+)
 
 
 @pytest.mark.parametrize(
@@ -308,6 +311,17 @@ NOT_PACKED = "train.microbatch_rows packs neither train.update_order=quarters no
         (["objective=grpo", "train.update_order=quarters"], f"objective grpo {ONE_MODE}"),
         (["objective=clip_cov", "sharing.response=text"], f"objective clip_cov {ONE_MODE}"),
         (["objective=kl_cov", "sharing.high_entropy_prompt=user_turn"], f"objective kl_cov {ONE_MODE}"),
+        (["objective=grpo", "sharing.rollouts=own"], f"objective grpo {ONE_MODE}"),
+        (["objective=grpo", "sharing.importance_cap=2"], f"objective grpo {ONE_MODE}"),
+        (
+            ["sharing.rollouts=own", "sharing.importance_cap=2"],
+            "sharing: rollouts: own shares nothing; leave the other settings of sharing out",
+        ),
+        (["sharing.importance_cap=0.5"], "sharing: importance_cap is 0.5; it must be at least 1, or 0 for no weights"),
+        (
+            ["sharing.rollouts=own", "train.update_order=quarters"],
+            "sharing.rollouts=own leaves two of train.update_order's quarters empty; use questions",
+        ),
         (["objective=grpo", "preset=released"], "preset released is of policy_split, not of grpo; leave preset out"),
         (["train.microbatch_rows=8", "train.update_order=quarters"], NOT_PACKED),
         (["train.microbatch_rows=8", "sharing.response=text"], NOT_PACKED),

@@ -9,7 +9,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 from jax import lax, vmap
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from policy_split_jax import masked
 from policy_split_jax.modes import HIGH_ENTROPY, NORMAL
@@ -78,6 +78,19 @@ def correctness_advantages(
     return centred / (scale + _EPS) if norm_by_std else centred
 
 
+def importance_weights(
+    logprobs: Float[Array, "2 P G T"], modes: Int[Array, "P G"], cap: float
+) -> Float[Array, "2 P G T"]:
+    """min(π_m(o_t) / π_sampled(o_t), cap) of each token under each training mode m, of the mode that sampled it.
+
+    Truncated importance sampling (https://arxiv.org/abs/1802.01561, equation 1), token by token: 1 where a mode
+    trains on its own rollouts. The paper has no such correction.
+    """
+    high_entropy = (modes == HIGH_ENTROPY)[..., None]
+    sampled = jnp.where(high_entropy, logprobs[HIGH_ENTROPY], logprobs[NORMAL])
+    return jnp.exp(jnp.minimum(logprobs - sampled, math.log(cap)))
+
+
 def raw_bonus(own: Float[Array, "..."], other: Float[Array, "..."], alpha: float) -> Float[Array, "..."]:
     """b = −α·logp_own − (1−α)·logp_other of each sampled token (equation 2)."""
     return -alpha * own - (1 - alpha) * other
@@ -139,7 +152,7 @@ def dual_mode_advantages(
     rewards: Float[Array, "P G"],
     mask: Bool[Array, "*#modes P G T"],
     config: AdvantageConfig,
-    valid: Bool[Array, "P G"] | None = None,
+    valid: Bool[Array, "*#modes P G"] | None = None,
 ) -> Float[Array, "2 P G T"]:
     """Advantages of every rollout's tokens for both training modes (equations 1–4).
 
@@ -152,19 +165,21 @@ def dual_mode_advantages(
         rewards: what the grader gave; the two modes see the same rewards.
         mask: true at sampled tokens, the stop token included; of each mode where the modes differ.
         config: settings.
-        valid: rollouts that were graded; the others count nowhere and get 0. All, when None.
+        valid: rollouts that count, of each mode where the modes differ; the others get 0. All, when None.
 
     Returns:
         Advantages, 0 at masked positions; they carry no gradient.
     """
-    valid = jnp.ones(rewards.shape, bool) if valid is None else valid
-    mask = jnp.broadcast_to(mask & valid[:, :, None], logprobs.shape)
-    logprobs = masked.where(mask, lax.stop_gradient(logprobs))
-    correctness = correctness_advantages(rewards, valid, config.norm_by_std)[:, :, None]
+    every = jnp.broadcast_to(True if valid is None else valid, logprobs.shape[:3])
+    # The bonus of a rollout that one mode leaves out still needs both modes' log-probabilities.
+    seen = mask & jnp.any(every, axis=0)[..., None]
+    logprobs = masked.where(seen, lax.stop_gradient(logprobs))
+    mask = jnp.broadcast_to(mask & every[..., None], logprobs.shape)
 
     def advantages(own: int, other: int, eta: float | Float[Array, ""]) -> Float[Array, "P G T"]:
+        correctness = correctness_advantages(rewards, every[own], config.norm_by_std)[:, :, None]
         bonus = raw_bonus(logprobs[own], logprobs[other], config.alpha)
-        keep = _keep(bonus, rewards, valid, mask[own], config)
+        keep = _keep(bonus, rewards, every[own], mask[own], config)
         extra = _clamped(normalized_bonus(bonus, mask[own], config.normalize), correctness, eta, config)
         return masked.where(mask[own], correctness + config.bonus_repeats * masked.where(keep, extra))
 

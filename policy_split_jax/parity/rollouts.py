@@ -184,7 +184,7 @@ def _score(step: Step, state: TrainState, own: Batch, longer: SharedView) -> tup
         # The high-entropy mode's mask: for normal responses that of the shared ones.
         logged_logprob=masked.mean(by_own, mask[HIGH_ENTROPY], axis=-1),
     )
-    return scores, measure(record, own)
+    return scores, measure(record, own, training_mask(own))
 
 
 def _figures(

@@ -326,6 +326,8 @@ def update_config(config: RunConfig) -> UpdateConfig:
         baseline=config.baseline,
         advantage=config.advantage,
         eta=config.eta,
+        share=config.sharing.rollouts == "all",
+        importance_cap=config.sharing.importance_cap,
         clip_low=config.loss.clip_low,
         clip_high=config.loss.clip_high,
         dual_clip=config.loss.dual_clip,

@@ -21,7 +21,12 @@ from policy_split_jax import masked
 from policy_split_jax.model import qwen3
 from policy_split_jax.model.sharding import compiler_options, pinned
 from policy_split_jax.modes import HIGH_ENTROPY, MODE_NAMES, NORMAL
-from policy_split_jax.objective.advantages import AdvantageConfig, correctness_advantages, dual_mode_advantages
+from policy_split_jax.objective.advantages import (
+    AdvantageConfig,
+    correctness_advantages,
+    dual_mode_advantages,
+    importance_weights,
+)
 from policy_split_jax.objective.baselines import (
     WHOLE_BATCH,
     BaselineConfig,
@@ -58,6 +63,10 @@ class UpdateConfig:
     max_new_tokens: int = 0
     """What the aggregate `constant` divides by: a batch's width changes with its longest response."""
     temperature: float = 1.0
+    share: bool = True
+    """Whether a mode trains on the rollouts that the other sampled."""
+    importance_cap: float = 0.0
+    """Largest importance weight of a token of such a rollout; 0 is no weights."""
     updates_per_step: int = 1
     update_order: Literal["questions", "quarters"] = "questions"
     """What an update of several is made of: whole questions, or sequences in the order of `quarters.py`."""
@@ -204,13 +213,23 @@ class Step:
         if config.objective == "policy_split":
             seen = scores.logprobs if config.advantage.surprise == "neg_logprob" else -scores.entropy
             moved = replace(config.advantage, eta=state.eta.eta)
-            return Terms(dual_mode_advantages(seen, batch.rewards, training_mask(batch), moved, batch.graded))
+            valid = batch.graded if config.share else batch.graded & own_rollouts(batch)[..., 0]
+            advantages = dual_mode_advantages(seen, batch.rewards, training_mask(batch), moved, valid)
+            if config.importance_cap:
+                weights = importance_weights(scores.logprobs, batch.modes, config.importance_cap)
+                advantages = masked.where(self.mask(batch), advantages * weights)
+            return Terms(advantages)
         outcome = correctness_advantages(batch.rewards, batch.graded, config.advantage.norm_by_std)
         key = selection_key(state, number)
         terms = baseline_terms(
             config.objective, outcome, scores.logprobs[0], scores.entropy[0], token_mask(batch), config.baseline, key
         )
         return jax.tree.map(lambda leaf: leaf[None], terms)
+
+    def mask(self, batch: Batch) -> Bool[Array, "#M P G T"]:
+        """The tokens that each mode trains on."""
+        mask = training_mask(batch)
+        return mask if self.config.share else mask & own_rollouts(batch)
 
     def token_losses(self, scores: TokenScores, old: Array, terms: Terms, mask: Array) -> tuple[Array, Array]:
         """Each token's loss, and where it was clipped; zeros at padding."""
@@ -246,14 +265,14 @@ class Step:
             old, terms = _swap(fixed)
             # Nothing has moved before the first update. Two programs' rounding would give |log ρ| a gradient there.
             old = jnp.where(number == 0, jax.lax.stop_gradient(scores.logprobs), old)
-        mask = training_mask(batch)
+        mask = self.mask(batch)
         losses, clipped = self.token_losses(scores, old, terms, mask)
         record = TokenRecord(scores, old, terms.advantages, clipped)
-        return masked.total(losses * _swap(weights), mask), measure(jax.lax.stop_gradient(record), batch)
+        return masked.total(losses * _swap(weights), mask), measure(jax.lax.stop_gradient(record), batch, mask)
 
     def weights(self, batch: Batch) -> Float[Array, "P #M G T"]:
         """Of every token in the update's loss."""
-        mask = training_mask(batch)
+        mask = self.mask(batch)
         every = jnp.broadcast_to(mask, (self.config.contexts, *mask.shape[1:]))
         return _swap(token_weights(every, self.config.aggregate, self.config.max_new_tokens)[: len(mask)])
 
@@ -339,7 +358,7 @@ class Step:
         # Everything but the clipping is of the policy that sampled.
         record = TokenRecord(scores, scores.logprobs, terms.advantages, jnp.zeros(scores.logprobs.shape))
         means = {name: masked.Mean(*map(jnp.sum, mean)) for name, mean in clipped.means.items()}
-        found = measure(record, batch).values() | Measures(means, {}).values()
+        found = measure(record, batch, self.mask(batch)).values() | Measures(means, {}).values()
         return state, jax.tree.map(jnp.mean, history) | found
 
     def sequence_loss(self, params: qwen3.Params, part: Any) -> tuple[Float[Array, ""], Measures]:
@@ -375,11 +394,11 @@ def selection_key(state: TrainState, number: Array | int) -> Key[Array, ""]:
     )
 
 
-def measure(record: TokenRecord, batch: Batch) -> Measures:
-    """What is measured of the tokens of a microbatch; means over tokens, nats."""
+def measure(record: TokenRecord, batch: Batch, trained: Bool[Array, "#M P G T"]) -> Measures:
+    """What is measured of the tokens of a microbatch, of which each mode trains on some; means over tokens, nats."""
     mask = token_mask(batch)
     logprobs = record.scores.logprobs
-    trained = jnp.broadcast_to(training_mask(batch), logprobs.shape)
+    trained = jnp.broadcast_to(trained, logprobs.shape)
     means: dict[str, masked.Mean] = {}
     for mode, name in enumerate(MODE_NAMES[: len(logprobs)]):
         own = mask & (batch.modes == mode)[..., None]

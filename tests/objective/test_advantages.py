@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policy_split_jax.objective import AdvantageConfig, dual_mode_advantages
+from policy_split_jax.objective.advantages import importance_weights
 
 NORMAL, HIGH_ENTROPY = 0, 1
 # Float32 against float64: the statistics sum about 30 numbers below 10, so a mean is off by about 1e-6 and
@@ -60,6 +61,26 @@ def compute(logprobs, rewards, mask, config, valid=None):
 
 
 # ---------------------------------------------------------------- agreement with the equations
+
+
+def test_a_mode_may_count_other_rollouts_than_the_other(oracle):
+    """Then each has what it would have if nobody knew of the rest."""
+    config = AdvantageConfig(alpha=0.3, eta=0.5, eta_normal=0.2, kappa=1.0)
+    logprobs, rewards, mask, valid = random_case(3)
+    own = np.stack([valid & (np.arange(ROLLOUTS) % 2 == mode) for mode in (NORMAL, HIGH_ENTROPY)])
+    found = compute(logprobs, rewards, mask, config, own)
+    for mode in (NORMAL, HIGH_ENTROPY):
+        expected = oracle.dual_mode_advantages(logprobs, rewards, mask, config, own[mode])[mode]
+        np.testing.assert_allclose(found[mode], expected, **TOLERANCE)
+    assert np.abs(found - compute(logprobs, rewards, mask, config, valid)).max() > 0.1
+
+
+def test_importance_weights_by_hand():
+    """Two rollouts, of the normal and of the high-entropy mode; two tokens each."""
+    logprobs = np.log(np.array([[[[0.5, 0.2], [0.4, 0.1]]], [[[0.25, 0.8], [0.1, 0.4]]]], np.float32))
+    weights = importance_weights(jnp.asarray(logprobs), jnp.array([[NORMAL, HIGH_ENTROPY]]), 3.0)
+    # Float32 logarithms and exponentials of numbers of size 1.
+    np.testing.assert_allclose(weights, [[[[1, 1], [3, 0.25]]], [[[0.5, 3], [1, 1]]]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("low_quantile", [0.0, 0.37])

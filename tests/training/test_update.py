@@ -1,6 +1,7 @@
 """The update against a plain PyTorch step, against NumPy in float64, and against itself cut differently."""
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -17,7 +18,7 @@ from policy_split_jax.objective.advantages import AdvantageConfig
 from policy_split_jax.objective.eta import EtaConfig
 from policy_split_jax.objective.scorer import TokenScores
 from policy_split_jax.training import update as update_module
-from policy_split_jax.training.batch import Batch
+from policy_split_jax.training.batch import Batch, training_mask
 from policy_split_jax.training.optimizer import make_optimizer
 from policy_split_jax.training.state import init_state
 from policy_split_jax.training.update import TokenRecord, UpdateConfig, make_update, measure
@@ -92,11 +93,16 @@ def token_logp(model, batch, p, mode, i, temperature):
     return logp[torch.arange(len(response)), torch.tensor(response.astype(np.int64))]
 
 
-def torch_advantages(old, batch, p, config, eta):
+def torch_advantages(old, batch, p, config, eta, share=True):
     """Equations 1 to 4 for one question: {(mode, rollout): [t]}."""
+    if not share:
+        alone = [batch._replace(graded=batch.graded & (batch.modes == mode)) for mode in (NORMAL, HIGH_ENTROPY)]
+        both = [torch_advantages(old, each, p, config, eta) for each in alone]
+        return {(m, i): advantage for mode in (0, 1) for (m, i), advantage in both[mode].items() if m == mode}
     graded = [i for i in range(GROUP) if batch.graded[p, i]]
     rewards = torch.tensor([float(batch.rewards[p, i]) for i in graded])
-    correctness = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+    alone = len(graded) == 1
+    correctness = rewards if alone else (rewards - rewards.mean()) / (rewards.std() + 1e-6)
     bonus = [-config.alpha * old[p, HIGH_ENTROPY, i] - (1 - config.alpha) * old[p, NORMAL, i] for i in graded]
     everything = torch.cat(bonus)
     result = {}
@@ -110,16 +116,21 @@ def torch_advantages(old, batch, p, config, eta):
 
 def torch_step(model, optimizer, batch, config, eta, gradient_clip):
     """One training step of one or several updates; (mean loss, mean clip fraction of each mode)."""
-    everyone = [(p, m, i) for p in range(QUESTIONS) for m in (0, 1) for i in range(GROUP) if batch.graded[p, i]]
+    scored = [(p, m, i) for p in range(QUESTIONS) for m in (0, 1) for i in range(GROUP) if batch.graded[p, i]]
+    everyone = [(p, m, i) for p, m, i in scored if config.share or batch.modes[p, i] == m]
     with torch.no_grad():
-        old = {(p, m, i): token_logp(model, batch, p, m, i, config.temperature) for p, m, i in everyone}
-        advantages = [torch_advantages(old, batch, p, config.advantage, eta) for p in range(QUESTIONS)]
+        old = {(p, m, i): token_logp(model, batch, p, m, i, config.temperature) for p, m, i in scored}
+        advantages = [torch_advantages(old, batch, p, config.advantage, eta, config.share) for p in range(QUESTIONS)]
     losses, fractions = [], []
     for part in np.split(np.arange(QUESTIONS), config.updates_per_step):
         terms, clipped = [], {NORMAL: [], HIGH_ENTROPY: []}
         for p, m, i in everyone:
             if p in part:
                 advantage = advantages[p][m, i]
+                if config.importance_cap:
+                    advantage = advantage * (old[p, m, i] - old[p, int(batch.modes[p, i]), i]).exp().clamp(
+                        max=config.importance_cap
+                    )
                 ratio = torch.exp(token_logp(model, batch, p, m, i, config.temperature) - old[p, m, i])
                 limited = ratio.clamp(1 - config.clip_low, 1 + config.clip_high) * advantage
                 terms.append(torch.minimum(ratio * advantage, limited))
@@ -172,13 +183,18 @@ def test_three_steps_are_those_of_pytorch(
     assert largest_change(params, theirs) > 1e-3
 
 
-def test_the_gradient_is_that_of_pytorch(make_torch_model, model, params, batches, tmp_path):
+@pytest.mark.parametrize(
+    "config",
+    [FUSED, replace(FUSED, share=False), replace(FUSED, importance_cap=1.5)],
+    ids=["shared", "own rollouts only", "importance weights"],
+)
+def test_the_gradient_is_that_of_pytorch(make_torch_model, model, params, batches, tmp_path, config):
     """Before any optimizer: SGD of rate 1 subtracts the gradient itself."""
     oracle = make_torch_model()
     optimizer = torch.optim.SGD(oracle.parameters(), lr=1.0)
-    torch_step(oracle, optimizer, batches[0], FUSED, ETA, gradient_clip=math.inf)
+    torch_step(oracle, optimizer, batches[0], config, ETA, gradient_clip=math.inf)
     oracle.save_pretrained(tmp_path)
-    state, history = run(model, params, batches[:1], optimizer=1.0)
+    state, history = run(model, params, batches[:1], config, optimizer=1.0)
     theirs = huggingface.load_params(tmp_path)
     # Gradients of size 0.1 after two float32 backward passes; weights of size 1 lose 1e-7 to rounding.
     assert_trees_close(state.params, theirs, atol=2e-6)
@@ -268,7 +284,7 @@ def test_metrics_by_hand():
         advantages=both([[1.0, -2.0], [3.0, nan]], [[0.0, -1.0], [-5.0, nan]]),
         clipped=both([[1.0, 0.0], [0.0, nan]], [[1.0, 1.0], [0.0, nan]]),
     )
-    metrics = {name: float(value) for name, value in measure(record, batch).values().items()}
+    metrics = {name: float(value) for name, value in measure(record, batch, training_mask(batch)).values().items()}
     log2 = math.log(2)
     expected = {
         "entropy/normal": 1.5,  # (1 + 2) / 2

@@ -1,0 +1,158 @@
+"""The runs that the evidence is made of: what each changes, and what is known of it."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from jobs import FIGURES as COMMON
+from jobs import Job, ended
+
+from policy_split_jax import config
+from policy_split_jax.report.runs import read_run
+
+FOLDER = Path("runs/evidence")
+RESULTS = Path("experiments/results/evidence.jsonl")
+
+STEPS, QUESTIONS = 300, 32
+RATES = (1e-4, 2e-4, 4e-4)
+TUNING_SEED = 100
+TASKS: Mapping[str, Mapping[str, Any]] = {
+    "3 numbers": {"data.numbers": "[3]"},
+    "4 numbers": {"data.numbers": "[4]", "rollout.max_new_tokens": 14},
+}
+TUNED_ON = {"4 numbers": "3 numbers"}
+"""Tasks that take their learning rates from another, of the same model."""
+
+SPLIT = "Policy Split"
+METHODS = {
+    SPLIT: "configs/tiny.yaml",
+    "GRPO": "configs/baselines/grpo.yaml",
+    "clip-higher": "configs/baselines/clip_higher.yaml",
+    "forking tokens": "configs/baselines/forking_tokens.yaml",
+    "Clip-Cov": "configs/baselines/clip_cov.yaml",
+    "KL-Cov": "configs/baselines/kl_cov.yaml",
+    "entropy-driven advantage": "configs/baselines/entropy_driven_advantage.yaml",
+    "entropy regularization": "configs/baselines/entropy_regularization.yaml",
+    "entropy advantage": "configs/baselines/entropy_advantage.yaml",
+}
+
+CONSTANT = {"eta.schedule": "constant"}
+PAPER = CONSTANT | {"advantage.eta": 0.03, "advantage.alpha": 0.5, "advantage.kappa": 2.0}
+ABLATIONS: Mapping[str, Mapping[str, Any]] = {
+    "η = 0": CONSTANT | {"advantage.eta": 0.0},
+    "η = 0.3, constant": CONSTANT | {"advantage.eta": 0.3},
+    "η = 1, constant": CONSTANT | {"advantage.eta": 1.0},
+    "η′ = 0.15": {"advantage.eta_normal": 0.15},
+    "η′ = −0.15": {"advantage.eta_normal": -0.15},
+    "α = 0.35": {"advantage.alpha": 0.35},
+    "α = 0.5": {"advantage.alpha": 0.5},
+    "κ = 2": {"advantage.kappa": 2.0},
+    "κ = 0, no clamp": {"advantage.kappa": 0.0},
+    "nothing shared": {"sharing.rollouts": "own"},
+    "shared with importance weights up to 2": {"sharing.importance_cap": 2.0},
+    "η, α, κ of the paper": PAPER,
+    "η, α, κ of the paper, preset released": PAPER | {"preset": "released"},
+    "twice the steps": {"train.steps": 2 * STEPS},
+    "twice the steps, η = 1, constant": CONSTANT | {"advantage.eta": 1.0, "train.steps": 2 * STEPS},
+}
+"""What each changes of Policy Split's settings."""
+ABLATION_TASK = "3 numbers"
+ABLATION_RATE = 4e-4
+"""That of configs/tiny.yaml, at which the modes part."""
+
+FIGURES = COMMON | {
+    "4 + 4 of both": "pass@8/both",
+    "8 + 8 of both": "best_of_k/both",
+    "distinct right, normal": "distinct_correct/normal",
+    "distinct right, HE": "distinct_correct/high_entropy",
+    "distinct right, both": "distinct_correct/both",
+    "solved by HE alone": "only_high_entropy_solved",
+    "KL(N‖HE)": "kl/normal_to_high_entropy",
+}
+COSTS = ("time/rollout", "time/reward", "time/update", "time/step", "tokens/rollout")
+
+
+class Run(NamedTuple):
+    """What tells a run from the others; `variant` is a method or an ablation."""
+
+    task: str
+    variant: str
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        words = f"{self.task} {self.variant} {self.rate:g} seed{self.seed}"
+        return "-".join("".join(letter if letter.isalnum() or letter in ".−" else " " for letter in words).split())
+
+    def job(self) -> Job:
+        path, changes = METHODS.get(self.variant, METHODS[SPLIT]), ABLATIONS.get(self.variant, {})
+        settings: dict[str, Any] = {
+            "rollout.questions_per_step": QUESTIONS,
+            "optimizer.learning_rate": self.rate,
+            "train.steps": STEPS,
+            "train.eval_every": STEPS // 4,
+            "train.save_every": STEPS // 2,
+            "train.keep_checkpoints": 1,
+            "train.seed": self.seed,
+        }
+        settings |= dict(TASKS[self.task]) | dict(changes)
+        chosen = config.load(config.RunConfig, path, [f"{key}={value}" for key, value in settings.items()])
+        # The learning rate decays over the updates, of which some have several a step.
+        settings["optimizer.decay_steps"] = chosen.train.steps * chosen.train.updates_per_step
+        return Job(self.name, path, settings)
+
+
+class Result(NamedTuple):
+    """What is known of a run that has ended."""
+
+    evaluations: list[dict[str, float]]
+    """In their order: the step and `FIGURES`."""
+    costs: dict[str, float]
+    """Medians over its steps: seconds and tokens."""
+
+
+Results = dict[Run, Result]
+
+
+def read_results() -> Results:
+    if not RESULTS.is_file():
+        return {}
+    rows = map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())
+    return {Run(*row["run"]): Result(row["evaluations"], row["costs"]) for row in rows}
+
+
+def complete(wanted: Iterable[Run], results: Results, parallel: int) -> None:
+    """Runs those that have no result yet, and adds each one's to the file as it ends."""
+    missing = {run.name: run for run in wanted if run not in results}
+    RESULTS.parent.mkdir(exist_ok=True)
+    for job in ended([run.job() for run in missing.values()], FOLDER, parallel):
+        run = missing[job.name]
+        results[run] = result_of(FOLDER / job.name)
+        with RESULTS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"run": run, **results[run]._asdict()}, ensure_ascii=False) + "\n")
+
+
+def result_of(folder: Path) -> Result:
+    """What a run's folder says; six digits of each figure."""
+    found = read_run(folder, folder.name)
+    evaluations = [{key: _rounded(row[key]) for key in ("step", *FIGURES.values())} for row in found.evaluation]
+    return Result(evaluations, {key: _rounded(median(row[key] for row in found.train)) for key in COSTS})
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def best_rate(results: Results, task: str, method: str) -> float:
+    """The one at which a method's tuning run ended with the highest accuracy of the normal mode."""
+    tuned = TUNED_ON.get(task, task)
+    runs = {rate: results[Run(tuned, method, rate, TUNING_SEED)] for rate in RATES}
+    return max(RATES, key=lambda rate: runs[rate].evaluations[-1]["accuracy/normal"])
+
+
+def tuning(task: str, methods: Iterable[str]) -> list[Run]:
+    tuned = TUNED_ON.get(task, task)
+    return [Run(tuned, method, rate, TUNING_SEED) for method in methods for rate in RATES]

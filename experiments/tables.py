@@ -1,0 +1,170 @@
+"""The tables of docs/results.md, from the results of runs: means over seeds, 95 % t-intervals, paired tests."""
+
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from scipy import stats
+from study import (
+    ABLATION_RATE,
+    ABLATION_TASK,
+    ABLATIONS,
+    COSTS,
+    METHODS,
+    SPLIT,
+    TUNING_SEED,
+    Results,
+    best_rate,
+)
+
+Row = dict[str, float]
+
+ACCURACY = "accuracy/normal"
+MAIN = {
+    "accuracy, normal": ACCURACY,
+    "accuracy, HE": "accuracy/high_entropy",
+    "entropy, normal": "entropy/normal",
+    "entropy, HE": "entropy/high_entropy",
+    "KL(HE‖N)": "kl/high_entropy_to_normal",
+}
+EXPLORING = {
+    "best of 8, normal": "best_of_k/normal",
+    "best of 8, HE": "best_of_k/high_entropy",
+    "4 + 4 of both": "pass@8/both",
+    "best of 16, 8 + 8 of both": "best_of_k/both",
+    "distinct right, normal": "distinct_correct/normal",
+    "distinct right, HE": "distinct_correct/high_entropy",
+    "distinct right, both": "distinct_correct/both",
+    "solved by HE alone": "only_high_entropy_solved",
+}
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Markdown; the first row is the head."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]])
+
+
+def cell(values: Sequence[float]) -> str:
+    """The mean, and half of its 95 % t-interval."""
+    if len(values) < 2:
+        return f"{mean(values):.3f}"
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return f"{mean(values):.3f} ± {half:.3f}"
+
+
+def evaluations(results: Results, task: str, variant: str, rate: float) -> dict[int, list[Row]]:
+    """Those of every seed's run; the tuning run is none of them."""
+    chosen = (task, variant, rate)
+    found = {run.seed: result.evaluations for run, result in results.items() if run[:3] == chosen}
+    return {seed: found[seed] for seed in sorted(found) if seed != TUNING_SEED}
+
+
+def ends(results: Results, task: str, variant: str, rate: float) -> dict[int, Row]:
+    return {seed: rows[-1] for seed, rows in evaluations(results, task, variant, rate).items()}
+
+
+def best_ends(results: Results, task: str, method: str, seeds: Sequence[int] | None = None) -> dict[int, Row]:
+    """The last evaluations at the tuned rate, of these seeds or of all; none before the method is tuned."""
+    try:
+        found = ends(results, task, method, best_rate(results, task, method))
+    except KeyError:
+        return {}
+    return {seed: row for seed, row in found.items() if seeds is None or seed in seeds}
+
+
+def original(results: Results, task: str) -> Row:
+    """What every run of a task begins with."""
+    return next(result.evaluations[0] for run, result in results.items() if run.task == task)
+
+
+def p_value(test: Any) -> str:
+    return "< 0.001" if test.pvalue < 0.001 else f"{test.pvalue:.3f}"
+
+
+def against(found: dict[int, Row], other: dict[int, Row], key: str) -> str:
+    """A paired t-test over the seeds of both."""
+    both = sorted(found.keys() & other.keys())
+    if found is other or len(both) < 2:
+        return ""
+    return p_value(stats.ttest_rel([found[seed][key] for seed in both], [other[seed][key] for seed in both]))
+
+
+def methods(results: Results, task: str, names: Sequence[str], seeds: Sequence[int] | None = None) -> str:
+    """A row a method, the untrained model first."""
+    start = original(results, task)
+    rows = [["", "learning rate", "seeds", *MAIN, "p against original", "p against GRPO"]]
+    rows.append(["original", "", "", *(f"{start[key]:.3f}" for key in MAIN.values()), "", ""])
+    grpo = best_ends(results, task, "GRPO", seeds)
+    for name in names:
+        found = grpo if name == "GRPO" else best_ends(results, task, name, seeds)
+        if found:
+            cells = [cell([row[key] for row in found.values()]) for key in MAIN.values()]
+            gains = [row[ACCURACY] for row in found.values()]
+            beyond = p_value(stats.ttest_1samp(gains, start[ACCURACY])) if len(gains) > 1 else ""
+            rate = f"{best_rate(results, task, name):g}"
+            rows.append([name, rate, str(len(found)), *cells, beyond, against(found, grpo, ACCURACY)])
+    return table(rows)
+
+
+def winners(results: Results, task: str) -> str:
+    """Who is best, who second, and where Policy Split stands."""
+    found = {name: rows for name in METHODS if (rows := best_ends(results, task, name))}
+    scores = {name: mean(row[ACCURACY] for row in rows.values()) for name, rows in found.items()}
+    order = sorted(scores, key=lambda name: -scores[name])
+    best = order[0]
+
+    def placed(name: str) -> str:
+        behind, p = 100 * (scores[best] - scores[name]), against(found[name], found[best], ACCURACY)
+        return f"{name} ({scores[name]:.3f}, {behind:.1f} points less, p = {p})"
+
+    text = f"Most accurate in the normal mode: {best} ({scores[best]:.3f}); second: {placed(order[1])}."
+    if SPLIT in order[:2]:
+        return text
+    return f"{text} Number {order.index(SPLIT) + 1} of {len(order)}: {placed(SPLIT)}."
+
+
+def over_training(results: Results) -> str:
+    """Entropies and divergence at each evaluation, means over seeds."""
+    shown = dict(list(MAIN.items())[2:])
+    rows = [["", "learning rate", "step", *shown]]
+    tuned = best_rate(results, ABLATION_TASK, SPLIT)
+    for name, rate in dict.fromkeys([(SPLIT, ABLATION_RATE), (SPLIT, tuned), ("GRPO", ABLATION_RATE)]):
+        for at_step in zip(*evaluations(results, ABLATION_TASK, name, rate).values(), strict=True):
+            values = [cell([row[key] for row in at_step]) for key in shown.values()]
+            rows.append([name, f"{rate:g}", f"{at_step[0]['step']}", *values])
+    return table(rows)
+
+
+def exploration(results: Results, task: str) -> str:
+    """What the samples of either mode find together."""
+    start = original(results, task)
+    rows = [["", *EXPLORING], ["original", *(f"{start[key]:.3f}" for key in EXPLORING.values())]]
+    for name in METHODS:
+        if found := best_ends(results, task, name):
+            rows.append([name, *(cell([row[key] for row in found.values()]) for key in EXPLORING.values())])
+    return table(rows)
+
+
+def ablations(results: Results) -> str:
+    """A row a changed setting, all at the same learning rate."""
+    base = ends(results, ABLATION_TASK, SPLIT, ABLATION_RATE)
+    shown = MAIN | {"4 + 4 of both": "pass@8/both", "distinct right, both": "distinct_correct/both"}
+    rows = [["", "seeds", *shown, "p of the accuracy against Policy Split"]]
+    for name in (SPLIT, "GRPO", *ABLATIONS):
+        found = base if name == SPLIT else ends(results, ABLATION_TASK, name, ABLATION_RATE)
+        if found:
+            cells = [cell([row[key] for row in found.values()]) for key in shown.values()]
+            rows.append([name, str(len(found)), *cells, against(found, base, ACCURACY)])
+    return table(rows)
+
+
+def costs(results: Results) -> str:
+    """Seconds and tokens of a step: medians of a run's steps, then means over runs; and their ratio to GRPO's."""
+    of = {name: [result.costs for run, result in results.items() if (run.task, run.variant) == (ABLATION_TASK, name)]
+          for name in (SPLIT, "GRPO")}  # fmt: skip
+    means = {name: {key: mean(cost[key] for cost in found) for key in COSTS} for name, found in of.items()}
+    rows = [["", "runs", *(key.replace("time/", "s, ").replace("tokens/", "tokens, ") for key in COSTS)]]
+    rows += [[name, str(len(of[name])), *(f"{means[name][key]:.3g}" for key in COSTS)] for name in of]
+    rows.append(["ratio", "", *(f"{means[SPLIT][key] / means['GRPO'][key]:.2f}" for key in COSTS)])
+    return table(rows)

@@ -1,0 +1,92 @@
+"""The experiments' tables from made-up results, and the settings of their runs."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+
+import evidence  # noqa: E402
+import study  # noqa: E402
+import tables  # noqa: E402
+from study import Result, Run  # noqa: E402
+
+from policy_split_jax.config import RunConfig, load  # noqa: E402
+
+TASK, RATE = study.ABLATION_TASK, study.ABLATION_RATE
+
+
+@pytest.fixture(autouse=True)
+def in_the_project(monkeypatch):
+    monkeypatch.chdir(EXPERIMENTS.parent)
+
+
+def result(accuracy, **others):
+    """A run whose other figures are all 0.25, and were all 0.4 at its start."""
+    values = dict.fromkeys(study.FIGURES.values(), 0.25) | {"accuracy/normal": accuracy} | others
+    start = dict.fromkeys(study.FIGURES.values(), 0.4)
+    return Result([{"step": 0} | start, {"step": 300} | values], dict.fromkeys(study.COSTS, 2.0 + accuracy))
+
+
+def results_of(accuracies):
+    """{method: accuracies of seeds 0, 1, ...}, all tuned to the ablations' rate."""
+    found = {}
+    for method, values in accuracies.items():
+        for rate in study.RATES:
+            found[Run(TASK, method, rate, study.TUNING_SEED)] = result(0.9 if rate == RATE else 0.1)
+        found |= {Run(TASK, method, RATE, seed): result(value) for seed, value in enumerate(values)}
+    return found
+
+
+def test_a_cell_is_the_mean_and_the_t_interval():
+    # Student's t at 97.5 % with two degrees of freedom is 4.3027; the deviation is 0.1, so 4.3027 x 0.1 / sqrt(3).
+    assert tables.cell([0.4, 0.5, 0.6]) == "0.500 ± 0.248"
+    assert tables.cell([0.4]) == "0.400"
+
+
+def test_methods_are_compared_by_seed():
+    results = results_of({"Policy Split": [0.50, 0.55, 0.60], "GRPO": [0.52, 0.56, 0.62]})
+    lines = tables.methods(results, TASK, ["Policy Split", "GRPO"]).splitlines()
+    assert len(lines) == 5
+    assert lines[2].startswith("| original |  |  | 0.400 |")
+    split = [text.strip() for text in lines[3].split("|")]
+    assert split[1:5] == ["Policy Split", "0.0004", "3", "0.550 ± 0.124"]
+    # Differences -0.02, -0.01, -0.02: t = -5 with two degrees of freedom. Against 0.4: t = 0.15 sqrt(3) / 0.05 = 5.196.
+    assert split[-3:-1] == ["0.035", "0.038"]
+    assert lines[4].endswith("|  |")
+
+
+def test_the_best_and_the_second_are_named():
+    results = results_of({"Policy Split": [0.5, 0.6, 0.52], "GRPO": [0.7, 0.8, 0.73], "Clip-Cov": [0.6, 0.75, 0.66]})
+    text = tables.winners(results, TASK)
+    assert text.startswith("Most accurate in the normal mode: GRPO (0.743); second: Clip-Cov (0.670, 7.3 points less,")
+    assert "Number 3 of 3: Policy Split (0.540, 20.3 points less, p = < 0.001)" in text
+
+
+def test_tuning_takes_the_rate_of_the_highest_accuracy():
+    results = results_of({"GRPO": []})
+    assert study.best_rate(results, TASK, "GRPO") == RATE
+    results[Run(TASK, "GRPO", study.RATES[0], study.TUNING_SEED)] = result(0.95)
+    assert study.best_rate(results, TASK, "GRPO") == study.RATES[0]
+    assert study.best_rate(results, "4 numbers", "GRPO") == study.RATES[0]
+
+
+def test_every_run_has_settings_and_a_name_of_its_own():
+    variants = [*study.METHODS, *study.ABLATIONS]
+    jobs = [Run(task, variant, rate, 0).job() for task in study.TASKS for variant in variants for rate in study.RATES]
+    assert len({job.name for job in jobs}) == len(jobs)
+    for job in jobs:
+        updates = 4 if "released" in job.name else load(RunConfig, job.config).train.updates_per_step
+        steps = 600 if "twice" in job.name else 300
+        assert job.settings["optimizer.decay_steps"] == updates * steps
+
+
+def test_the_page_has_every_table():
+    accuracies = {"Policy Split": [0.5, 0.6], "GRPO": [0.7, 0.85], "η = 1, constant": [0.3, 0.2]}
+    text = evidence.page(results_of(accuracies))
+    assert "$" not in text
+    assert "| η = 1, constant | 2 | 0.250 ±" in text
+    # Costs are 2 plus the accuracy, tuning runs included: (2.5 + 2.6 + 2.1 + 2.1 + 2.9) / 5 to 12.65 / 5.
+    assert "| ratio |  | 0.96 |" in text

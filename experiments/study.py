@@ -25,9 +25,10 @@ TASKS: Mapping[str, Mapping[str, Any]] = {
 TUNED_ON = {"4 numbers": "3 numbers"}
 """Tasks that take their learning rates from another, of the same model."""
 
-SPLIT = "Policy Split"
+SPLIT, SPLIT_OF_PAPER = "Policy Split", "Policy Split with η, α, κ of the paper"
 METHODS = {
     SPLIT: "configs/tiny.yaml",
+    SPLIT_OF_PAPER: "configs/tiny.yaml",
     "GRPO": "configs/baselines/grpo.yaml",
     "clip-higher": "configs/baselines/clip_higher.yaml",
     "forking tokens": "configs/baselines/forking_tokens.yaml",
@@ -52,12 +53,12 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "κ = 0, no clamp": {"advantage.kappa": 0.0},
     "nothing shared": {"sharing.rollouts": "own"},
     "shared with importance weights up to 2": {"sharing.importance_cap": 2.0},
-    "η, α, κ of the paper": PAPER,
-    "η, α, κ of the paper, preset released": PAPER | {"preset": "released"},
+    SPLIT_OF_PAPER: PAPER,
+    "the same and preset released": PAPER | {"preset": "released"},
     "twice the steps": {"train.steps": 2 * STEPS},
     "twice the steps, η = 1, constant": CONSTANT | {"advantage.eta": 1.0, "train.steps": 2 * STEPS},
 }
-"""What each changes of Policy Split's settings."""
+"""What each changes of `SPLIT`'s settings."""
 ABLATION_TASK = "3 numbers"
 ABLATION_RATE = 4e-4
 """That of configs/tiny.yaml, at which the modes part."""

@@ -75,10 +75,15 @@ def test_tuning_takes_the_rate_of_the_highest_accuracy():
 
 def test_every_run_has_settings_and_a_name_of_its_own():
     variants = [*study.METHODS, *study.ABLATIONS]
-    jobs = [Run(task, variant, rate, 0).job() for task in study.TASKS for variant in variants for rate in study.RATES]
+    jobs = [
+        Run(task, variant, rate, 0).job()
+        for task in study.TASKS
+        for variant in dict.fromkeys(variants)
+        for rate in study.RATES
+    ]
     assert len({job.name for job in jobs}) == len(jobs)
     for job in jobs:
-        updates = 4 if "released" in job.name else load(RunConfig, job.config).train.updates_per_step
+        updates = 4 if "preset-released" in job.name else load(RunConfig, job.config).train.updates_per_step
         steps = 600 if "twice" in job.name else 300
         assert job.settings["optimizer.decay_steps"] == updates * steps
 

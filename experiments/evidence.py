@@ -24,6 +24,7 @@ from study import (
     ABLATION_TASK,
     ABLATIONS,
     METHODS,
+    PROMPT_RESULTS,
     QUESTIONS,
     RATES,
     SPLIT,
@@ -33,7 +34,9 @@ from study import (
     Run,
     best_rate,
     complete,
+    read_records,
     read_results,
+    try_prompts,
     tuning,
 )
 
@@ -70,6 +73,7 @@ def page(results: Results) -> str:
         "exploration": "\n\n".join(f"### {task}\n\n{tables.exploration(results, task)}" for task in tasks),
         "ablations": tables.ablations(results),
         "costs": tables.costs(results),
+        "prompts": tables.prompts(read_records(PROMPT_RESULTS)),
     }
     facts = {"steps": STEPS, "questions": QUESTIONS, "rates": ", ".join(f"{rate:g}" for rate in RATES)}
     facts |= {"ablation_task": ABLATION_TASK, "ablation_rate": f"{ABLATION_RATE:g}"}
@@ -96,6 +100,7 @@ def main() -> None:
         return
     if not chosen.only_write:
         ablate(results, seeds, chosen.parallel)
+        try_prompts(seeds)
     PAGE.write_text(page(results), encoding="utf-8")
     print(f"written to {PAGE}")
 

@@ -1,5 +1,6 @@
 """Training runs of the command line, side by side, a core each: what the experiments have in common."""
 
+import json
 import os
 import subprocess
 import sys
@@ -66,6 +67,15 @@ def _run(job: Job, folder: Path, free: "Queue[int]") -> None:
             )  # fmt: skip
     finally:
         free.put(core)
+
+
+def evaluate(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What `policy-split eval` says of a run's last checkpoint."""
+    output = folder / "eval.json"
+    chosen = (f"--{name}={value}" for name, value in options.items())
+    command = [sys.executable, "-m", "policy_split_jax.cli", "eval", f"--checkpoint={folder}", f"--output={output}"]
+    subprocess.run([*command, "--fresh", *chosen], stdout=subprocess.DEVNULL, check=True)
+    return json.loads(output.read_text(encoding="utf-8"))
 
 
 def evaluations(folder: Path) -> Sequence[dict[str, Any]]:

@@ -2,18 +2,20 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 from jobs import FIGURES as COMMON
-from jobs import Job, ended
+from jobs import Job, ended, evaluate
 
 from policy_split_jax import config
 from policy_split_jax.report.runs import read_run
 
 FOLDER = Path("runs/evidence")
 RESULTS = Path("experiments/results/evidence.jsonl")
+PROMPT_RESULTS = Path("experiments/results/prompts.jsonl")
 
 STEPS, QUESTIONS = 300, 32
 RATES = (1e-4, 2e-4, 4e-4)
@@ -62,6 +64,14 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
 ABLATION_TASK = "3 numbers"
 ABLATION_RATE = 4e-4
 """That of configs/tiny.yaml, at which the modes part."""
+
+PROMPTS = {
+    "as in training": "High-entropy mode.",
+    "rewritten": "High entropy mode: explore, be unusual.",
+    "unseen, asks for the opposite": "Low-entropy mode.",
+    "unseen, says nothing": "Answer.",
+}
+"""System prompts under which the trained high-entropy mode is evaluated."""
 
 FIGURES = COMMON | {
     "4 + 4 of both": "pass@8/both",
@@ -119,10 +129,16 @@ Results = dict[Run, Result]
 
 
 def read_results() -> Results:
-    if not RESULTS.is_file():
-        return {}
-    rows = map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())
-    return {Run(*row["run"]): Result(row["evaluations"], row["costs"]) for row in rows}
+    return {Run(*row["run"]): Result(row["evaluations"], row["costs"]) for row in read_records(RESULTS)}
+
+
+def read_records(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def add_record(path: Path, record: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def complete(wanted: Iterable[Run], results: Results, parallel: int) -> None:
@@ -132,8 +148,7 @@ def complete(wanted: Iterable[Run], results: Results, parallel: int) -> None:
     for job in ended([run.job() for run in missing.values()], FOLDER, parallel):
         run = missing[job.name]
         results[run] = result_of(FOLDER / job.name)
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"run": run, **results[run]._asdict()}, ensure_ascii=False) + "\n")
+        add_record(RESULTS, {"run": run, **results[run]._asdict()})
 
 
 def result_of(folder: Path) -> Result:
@@ -141,6 +156,19 @@ def result_of(folder: Path) -> Result:
     found = read_run(folder, folder.name)
     evaluations = [{key: _rounded(row[key]) for key in ("step", *FIGURES.values())} for row in found.evaluation]
     return Result(evaluations, {key: _rounded(median(row[key] for row in found.train)) for key in COSTS})
+
+
+def try_prompts(seeds: Iterable[int]) -> None:
+    """Evaluates Policy Split's runs at the ablations' rate under `PROMPTS`, as training evaluates them."""
+    known = {(record["seed"], record["prompt"]) for record in read_records(PROMPT_RESULTS)}
+    for seed, prompt in product(seeds, PROMPTS.values()):
+        if (seed, prompt) not in known:
+            row = evaluate(
+                FOLDER / Run(ABLATION_TASK, SPLIT, ABLATION_RATE, seed).name,
+                {"high-entropy-prompt": prompt, "max-new-tokens": 10, "max-prompt-tokens": 64, "seed": 1},
+            )
+            figures = {key: _rounded(row[key]) for key in FIGURES.values()}
+            add_record(PROMPT_RESULTS, {"seed": seed, "prompt": prompt, "figures": figures})
 
 
 def _rounded(value: float) -> float:

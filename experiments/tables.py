@@ -1,6 +1,6 @@
 """The tables of docs/results.md, from the results of runs: means over seeds, 95 % t-intervals, paired tests."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
@@ -11,6 +11,7 @@ from study import (
     ABLATIONS,
     COSTS,
     METHODS,
+    PROMPTS,
     SPLIT,
     TUNING_SEED,
     Results,
@@ -167,4 +168,19 @@ def costs(results: Results) -> str:
     rows = [["", "runs", *(key.replace("time/", "s, ").replace("tokens/", "tokens, ") for key in COSTS)]]
     rows += [[name, str(len(of[name])), *(f"{means[name][key]:.3g}" for key in COSTS)] for name in of]
     rows.append(["ratio", "", *(f"{means[SPLIT][key] / means['GRPO'][key]:.2f}" for key in COSTS)])
+    return table(rows)
+
+
+def prompts(records: Sequence[Mapping[str, Any]]) -> str:
+    """The trained high-entropy mode under other system prompts than its own."""
+    shown = {name: key for name, key in MAIN.items() if name != "accuracy, normal"} | {
+        "best of 8, HE": "best_of_k/high_entropy",
+        "solved by HE alone": "only_high_entropy_solved",
+    }
+    rows = [["", "system prompt", "seeds", *shown]]
+    for title, prompt in PROMPTS.items():
+        if found := [record["figures"] for record in records if record["prompt"] == prompt]:
+            rows.append(
+                [title, prompt, str(len(found)), *(cell([row[key] for row in found]) for key in shown.values())]
+            )
     return table(rows)

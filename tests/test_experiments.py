@@ -95,3 +95,10 @@ def test_the_page_has_every_table():
     assert "| η = 1, constant | 2 | 0.250 ±" in text
     # Costs are 2 plus the accuracy, tuning runs included: (2.5 + 2.6 + 2.1 + 2.1 + 2.9) / 5 to 12.65 / 5.
     assert "| ratio |  | 0.96 |" in text
+
+
+def test_prompts_are_told_apart():
+    figures = dict.fromkeys(study.FIGURES.values(), 0.25)
+    text = tables.prompts([{"seed": seed, "prompt": "Low-entropy mode.", "figures": figures} for seed in range(3)])
+    assert text.splitlines()[2].startswith("| unseen, asks for the opposite | Low-entropy mode. | 3 | 0.250 ± 0.000 |")
+    assert len(text.splitlines()) == 3

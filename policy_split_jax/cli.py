@@ -1,5 +1,5 @@
-"""The command line: `policy-split train | sft | sample | score | eval | diversity | serve | export | report | plan |
-compare | from-verl`."""
+"""The command line: `policy-split train | sft | sample | score | eval | diversity | judge | serve | export | report |
+plan | compare | from-verl`."""
 
 import argparse
 import errno
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "score": commands.score,
             "eval": commands.evaluate,
             "diversity": commands.diversity,
+            "judge": commands.judge,
             "serve": commands.serve,
             "export": commands.export,
             "report": commands.report,
@@ -50,7 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"policy-split: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        remedies = {"train": "from the last checkpoint", "eval": "after the last questions that were saved"}
+        remedies = {
+            "train": "from the last checkpoint",
+            "eval": "after the last questions that were saved",
+            "judge": "after the last verdict",
+        }
         goes_on = remedies.get(options.command)
         remedy = f"; the same command goes on {goes_on}" if goes_on else ""
         print(f"policy-split: interrupted{remedy}", file=sys.stderr)
@@ -90,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     _score(commands)
     _eval(commands)
     _diversity(commands)
+    _judge(commands)
     _serve(commands)
     _export(commands)
     _report(commands)
@@ -258,6 +264,23 @@ def _diversity(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("input", metavar="FILE", help="JSONL; rows have question, mode and text")
     _output_option(parser, "diversity.json")
+
+
+def _judge(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "judge",
+        help="what a language model thinks of the answers of either mode",
+        description="Asks a model behind an OpenAI-compatible endpoint to score stories from 0 to 10 for creativity, "
+        "originality, narrative flow, emotional impact and imagery. Reads what sample writes. The same command goes on "
+        "where it was interrupted. OPENAI_API_KEY is sent where it is set. Needs the writing extra.",
+    )
+    parser.add_argument("input", metavar="FILE", help="JSONL; rows have question, mode and text")
+    parser.add_argument("--url", required=True, help="of the endpoint, such as http://127.0.0.1:8000/v1")
+    parser.add_argument("--model", metavar="NAME", required=True, help="the judge, as the endpoint calls it")
+    parser.add_argument("--temperature", type=_not_negative, default=0.0, help="of the judge (default 0)")
+    parser.add_argument("--concurrency", type=_positive, default=8, help="requests at a time (default 8)")
+    parser.add_argument("--fresh", action="store_true", help="drop the verdicts beside the output and begin again")
+    _output_option(parser, "judge.json")
 
 
 def _serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

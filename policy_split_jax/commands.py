@@ -145,15 +145,11 @@ def diversity(options: argparse.Namespace) -> None:
     from rich.table import Table
 
     from policy_split_jax.evaluation.diversity import diversity as run
-    from policy_split_jax.rewards.answers import after_think
 
     output = check_output(Path(options.output))
     texts: dict[str, dict[str, list[str]]] = {}
-    for place, record in read_records(Path(options.input)):
-        question, mode, text = (_text_of(place, record, key) for key in ("question", "mode", "text"))
-        texts.setdefault(mode, {}).setdefault(question, []).append(after_think(text))
-    if not texts:
-        raise UserError(f"{options.input}: holds no rows; give a file that policy-split sample wrote")
+    for question, mode, text in read_answers(Path(options.input)):
+        texts.setdefault(mode, {}).setdefault(question, []).append(text)
     found = {
         mode: {
             "prompts": len(prompts),
@@ -169,6 +165,26 @@ def diversity(options: argparse.Namespace) -> None:
     table_console().print(table)
     write_json(output, found)
     print(f"written to {output}")
+
+
+def judge(options: argparse.Namespace) -> None:
+    """`policy-split judge FILE`."""
+    from policy_split_jax.evaluation.judge import judge as run
+
+    run(options)
+
+
+def read_answers(path: Path) -> list[tuple[str, str, str]]:
+    """(question, mode, answer) of each row that `policy-split sample` wrote; thoughts are left out."""
+    from policy_split_jax.rewards.answers import after_think
+
+    found = []
+    for place, record in read_records(path):
+        question, mode, text = (_text_of(place, record, key) for key in ("question", "mode", "text"))
+        found.append((question, mode, after_think(text)))
+    if not found:
+        raise UserError(f"{path}: holds no rows; give a file that policy-split sample wrote")
+    return found
 
 
 def _text_of(place: str, record: dict[str, Any], key: str) -> str:

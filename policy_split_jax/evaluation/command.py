@@ -22,10 +22,10 @@ from policy_split_jax.data.dataset import load_rows
 from policy_split_jax.data.formats import Row
 from policy_split_jax.errors import UserError
 from policy_split_jax.evaluation.evaluate import accuracy_intervals, answer, evaluation_metrics, make_scorer
+from policy_split_jax.evaluation.journal import append, begin
 from policy_split_jax.evaluation.rollout_file import (
     QuestionBatch,
     SavedQuestion,
-    append_batch,
     finished_batches,
     question_batches,
     read_questions,
@@ -73,9 +73,8 @@ def evaluate(options: argparse.Namespace) -> None:
         render_prompts(policy, task.rows, options.max_prompt_tokens)
     settings = _settings(options, sampling, policy, params, tasks)
     rollouts = output.with_name(f"{output.stem}.rollouts.jsonl")
-    if options.fresh:
-        rollouts.unlink(missing_ok=True)
-    _answer_all(options, rollouts, settings, tasks, sampling, policy, params)
+    begin(rollouts, settings, options.fresh)
+    _answer_all(options, rollouts, tasks, sampling, policy, params)
     questions = read_questions(rollouts)
     RunDisplay(1, 0).grader_errors([question for own in questions.values() for question in own])
     show = _show_benchmarks if options.benchmark else _show_data
@@ -153,7 +152,6 @@ def _fingerprint(params: Params) -> str:
 def _answer_all(
     options: argparse.Namespace,
     path: Path,
-    settings: Mapping[str, Any],
     tasks: Mapping[str, Task],
     sampling: Sampling,
     policy: Policy,
@@ -161,7 +159,7 @@ def _answer_all(
 ) -> None:
     """Samples, grades, scores and saves the batches that the file has not yet."""
     batches = question_batches({name: len(task.rows) for name, task in tasks.items()}, options.questions_at_once)
-    done = finished_batches(path, settings, batches, options.k)
+    done = finished_batches(path, batches, options.k)
     each = len(MODE_NAMES) * options.k
     with RunDisplay(1, 0) as display, display.phase("samples", each * _count(batches)) as progress:
         progress(each * _count(batches[:done]))
@@ -181,7 +179,7 @@ def _answer_all(
             with GraderPool(task.grader) as pool:
                 for batch in left:
                     rows = task.rows[batch.first : batch.first + batch.count]
-                    append_batch(path, rollout_records(batch, *run(pool=pool, rows=rows, first=batch.first)))
+                    append(path, rollout_records(batch, *run(pool=pool, rows=rows, first=batch.first)))
 
 
 def _count(batches: Sequence[QuestionBatch]) -> int:

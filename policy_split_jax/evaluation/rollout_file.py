@@ -5,17 +5,16 @@ mode's rollouts of a question, then the high-entropy mode's.
 """
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from policy_split_jax.errors import UserError
 from policy_split_jax.evaluation.evaluate import GroupScores, TokenSums
-from policy_split_jax.files import whole_file
+from policy_split_jax.evaluation.journal import Record, next_record
 from policy_split_jax.modes import HIGH_ENTROPY, MODE_NAMES, NORMAL
 from policy_split_jax.rewards import Grade
 from policy_split_jax.rollouts import Group
@@ -23,8 +22,6 @@ from policy_split_jax.sampler.batcher import FinishReason
 
 _PLACE = ("benchmark", "question", "mode", "index")
 """What says which rollout a line holds."""
-
-Record = dict[str, Any]
 
 
 class QuestionBatch(NamedTuple):
@@ -77,30 +74,18 @@ def rollout_records(batch: QuestionBatch, groups: Sequence[Group], scores: Seque
             }
 
 
-def finished_batches(path: Path, settings: Mapping[str, Any], batches: Sequence[QuestionBatch], k: int) -> int:
-    """How many of the batches the file has whole; what follows them is cut off. Begins the file where there is none.
+def finished_batches(path: Path, batches: Sequence[QuestionBatch], k: int) -> int:
+    """How many of the batches the file has whole; what follows them is cut off.
 
-    Raises UserError where the file is one of an evaluation with other settings, naming them.
+    Raises UserError where a line holds another rollout than the one that belongs there.
     """
-    if not path.is_file():
-        with whole_file(path) as file:
-            file.write(_line({"settings": settings}))
-        return 0
     with path.open("rb+") as file:
-        _check_settings(path, file.readline(), settings)
+        file.readline()
         done, end = 0, file.tell()
         while done < len(batches) and _is_whole(path, file, batches[done], k):
             done, end = done + 1, file.tell()
         file.truncate(end)
     return done
-
-
-def append_batch(path: Path, records: Iterable[Record]) -> None:
-    """Adds a batch; it is on the disk when this returns."""
-    with path.open("ab") as file:
-        file.write("".join(map(_line, records)).encode())
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def read_questions(path: Path) -> dict[str, list[SavedQuestion]]:
@@ -137,31 +122,6 @@ def _add(question: SavedQuestion, record: Record) -> None:
     question.kl.append(record["kl_sum"])
 
 
-def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
-
-
-def _check_settings(path: Path, line: bytes, settings: Mapping[str, Any]) -> None:
-    record = _record(line)
-    if record is None or not isinstance(record.get("settings"), dict):
-        raise UserError(f"{path}: holds no rollouts of an evaluation; choose another --output, or give --fresh")
-    there, now = record["settings"], json.loads(json.dumps(settings))
-    differing = [
-        f"{name} ({_shown(there.get(name))} there, {_shown(now.get(name))} now)"
-        for name in {**there, **now}
-        if there.get(name) != now.get(name)
-    ]
-    if differing:
-        raise UserError(
-            f"{path}: has rollouts of other settings: {', '.join(differing)}; give those, another --output, or --fresh"
-        )
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def _is_whole(path: Path, file: BinaryIO, batch: QuestionBatch, k: int) -> bool:
     """Reads the lines of a batch; False where one is missing or was cut off."""
     places = (
@@ -171,19 +131,10 @@ def _is_whole(path: Path, file: BinaryIO, batch: QuestionBatch, k: int) -> bool:
         for index in range(k)
     )
     for place in places:
-        record = _record(file.readline())
+        record = next_record(file)
         if record is None:
             return False
         found = tuple(record.get(name) for name in _PLACE)
         if found != place:
             raise UserError(f"{path}: has the rollout {found} where {place} belongs; give --fresh")
     return True
-
-
-def _record(line: bytes) -> Record | None:
-    """The object that a whole line holds; None for what is none."""
-    try:
-        record = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None

@@ -111,7 +111,7 @@ def test_a_question_is_answered_alike_in_any_batch(undisturbed, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--k", "3"], "rollouts of other settings: k (2 there, 3 now); give those, another --output, or --fresh"),
+        (["--k", "3"], "has other settings: k (2 there, 3 now); give those, another --output, or --fresh"),
         (["--seed", "1", "--top-k", "5"], "seed (0 there, 1 now), top_k (0 there, 5 now)"),
         (["--high-entropy-prompt", "Explore."], 'high_entropy_prompt ("High-entropy mode." there, "Explore." now)'),
         (["--questions", "4"], 'questions of embedded ({"count": 5,'),
@@ -146,7 +146,7 @@ def test_another_model_is_refused(undisturbed, tmp_path, capsys):
 def test_another_file_is_not_written_over(content, tmp_path, capsys):
     rollouts(tmp_path).write_bytes(content)
     assert main(arguments(tmp_path)) == 2
-    assert "holds no rollouts of an evaluation" in capsys.readouterr().err
+    assert "its first line holds no settings" in capsys.readouterr().err
     assert rollouts(tmp_path).read_bytes() == content
 
 

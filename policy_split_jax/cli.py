@@ -1,5 +1,5 @@
-"""The command line: `policy-split train | sft | sample | score | eval | diversity | serve | export | report | plan |
-compare | from-verl`."""
+"""The command line: `policy-split train | sft | sample | score | eval | diversity | judge | serve | export | report |
+plan | compare | from-verl`."""
 
 import argparse
 import errno
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "score": commands.score,
             "eval": commands.evaluate,
             "diversity": commands.diversity,
+            "judge": commands.judge,
             "serve": commands.serve,
             "export": commands.export,
             "report": commands.report,
@@ -50,7 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"policy-split: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        remedy = "; the same command goes on from the last checkpoint" if options.command == "train" else ""
+        remedies = {
+            "train": "from the last checkpoint",
+            "eval": "after the last questions that were saved",
+            "judge": "after the last verdict",
+        }
+        goes_on = remedies.get(options.command)
+        remedy = f"; the same command goes on {goes_on}" if goes_on else ""
         print(f"policy-split: interrupted{remedy}", file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -88,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     _score(commands)
     _eval(commands)
     _diversity(commands)
+    _judge(commands)
     _serve(commands)
     _export(commands)
     _report(commands)
@@ -131,6 +139,15 @@ def _sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=_seed, default=0)
 
 
+def _prompt_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--high-entropy-prompt",
+        type=_text,
+        metavar="TEXT",
+        help="system prompt of the high-entropy mode (default: the one that the model was trained with)",
+    )
+
+
 def _train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "train",
@@ -171,6 +188,7 @@ def _sample(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument("--n", type=_positive, default=1, help="answers to each question in each mode (default 1)")
     parser.add_argument("--max-new-tokens", type=_positive, default=256)
     parser.add_argument("--output", metavar="FILE", help="JSONL to write; without it rows go to standard output")
+    _prompt_option(parser)
     _sampling_options(parser)
     _engine_options(parser)
 
@@ -196,24 +214,44 @@ def _eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     parser = commands.add_parser(
         "eval",
         help="accuracy, pass@k, entropy and inter-mode KL of both modes",
-        description="Samples k answers to each question in both modes, grades and scores them.",
+        description="Samples k answers to each question in both modes, grades and scores them. The same command goes "
+        "on where it was interrupted.",
     )
     _model_options(parser)
-    parser.add_argument("--data", default="embedded", metavar="FILE", help="JSONL or parquet, or 'embedded' (default)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--data", default="embedded", metavar="FILE", help="JSONL, parquet or CSV, or 'embedded' (default)"
+    )
+    source.add_argument(
+        "--benchmark",
+        action="append",
+        metavar="NAME=FILE",
+        help="math500, aime24, aime25, gpqa_diamond or mmlu_pro, sampled as in the paper; repeatable",
+    )
     parser.add_argument("--question-column", default="question")
     parser.add_argument("--answer-column", default="answer")
     parser.add_argument("--numbers", type=_numbers, default=(3,), help="embedded task: numbers of a puzzle (default 3)")
     parser.add_argument("--max-number", type=_positive, default=30, help="embedded task: largest number (default 30)")
-    parser.add_argument("--questions", type=_positive, default=256, help="at most so many questions (default 256)")
+    parser.add_argument("--questions", type=_positive, help="at most so many questions (default 256; benchmarks: all)")
     parser.add_argument(
-        "--grader", default=None, help="countdown (embedded), math (files), exact, or your own function"
+        "--questions-at-once", type=_positive, default=64, metavar="N", help="sampled and saved together (default 64)"
+    )
+    parser.add_argument(
+        "--grader", help="countdown (embedded), math (files), letter (multiple choice), exact, or your own function"
     )
     parser.add_argument("--k", type=_positive, default=8, help="samples of each question in each mode (default 8)")
     parser.add_argument(
-        "--max-new-tokens", type=_positive, help="longest answer (default 16 for the embedded task, 2048 for files)"
+        "--max-new-tokens",
+        type=_positive,
+        help="longest answer (default 16 for the embedded task, 2048 for files, 32768 for benchmarks)",
     )
+    parser.add_argument("--temperature", type=_not_negative, help="0 is greedy (default 1.0; benchmarks: 0.6)")
+    parser.add_argument("--top-k", type=_count, help="0 is off (default 0; benchmarks: 20)")
+    parser.add_argument("--top-p", type=_share, help="1 is off (default 1.0; benchmarks: 0.95)")
+    parser.add_argument("--seed", type=_seed, default=0)
+    parser.add_argument("--fresh", action="store_true", help="drop the rollouts beside the output and begin again")
+    _prompt_option(parser)
     _output_option(parser, "eval.json")
-    _sampling_options(parser)
     _engine_options(parser)
 
 
@@ -226,6 +264,23 @@ def _diversity(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("input", metavar="FILE", help="JSONL; rows have question, mode and text")
     _output_option(parser, "diversity.json")
+
+
+def _judge(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "judge",
+        help="what a language model thinks of the answers of either mode",
+        description="Asks a model behind an OpenAI-compatible endpoint to score stories from 0 to 10 for creativity, "
+        "originality, narrative flow, emotional impact and imagery. Reads what sample writes. The same command goes on "
+        "where it was interrupted. OPENAI_API_KEY is sent where it is set. Needs the writing extra.",
+    )
+    parser.add_argument("input", metavar="FILE", help="JSONL; rows have question, mode and text")
+    parser.add_argument("--url", required=True, help="of the endpoint, such as http://127.0.0.1:8000/v1")
+    parser.add_argument("--model", metavar="NAME", required=True, help="the judge, as the endpoint calls it")
+    parser.add_argument("--temperature", type=_not_negative, default=0.0, help="of the judge (default 0)")
+    parser.add_argument("--concurrency", type=_positive, default=8, help="requests at a time (default 8)")
+    parser.add_argument("--fresh", action="store_true", help="drop the verdicts beside the output and begin again")
+    _output_option(parser, "judge.json")
 
 
 def _serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -402,6 +457,12 @@ def _above_zero(text: str) -> float:
 
 def _share(text: str) -> float:
     return _number(text, float, "in (0, 1]", lambda value: 0 < value <= 1)
+
+
+def _text(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is blank")
+    return text
 
 
 def _numbers(text: str) -> tuple[int, ...]:

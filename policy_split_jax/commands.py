@@ -69,7 +69,9 @@ def sample(options: argparse.Namespace) -> None:
     if options.output:
         check_output(Path(options.output))
     policy, params = load_chosen(options)
-    sampler = _sampler(options, policy)
+    if options.high_entropy_prompt is not None:
+        policy = policy.with_prompts(high_entropy=options.high_entropy_prompt)
+    sampler = make_sampler(options, policy)
     modes = _MODES[options.mode]
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_k, options.top_p)
 
@@ -133,51 +135,9 @@ def score(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """`policy-split eval`."""
-    from rich.console import Console
+    from policy_split_jax.evaluation.command import evaluate as run
 
-    from policy_split_jax.data.dataset import load_rows
-    from policy_split_jax.evaluation.evaluate import evaluate as run
-    from policy_split_jax.evaluation.evaluate import make_scorer
-    from policy_split_jax.rewards import GraderPool
-    from policy_split_jax.sampler.batcher import Sampling
-    from policy_split_jax.training.console import RunDisplay, evaluation_table
-    from policy_split_jax.training.metrics_log import plain_row
-
-    embedded = options.data == EMBEDDED
-    check_output(Path(options.output))
-    rows = load_rows(
-        options.data,
-        question_column=options.question_column,
-        answer_column=options.answer_column,
-        split="test",
-        numbers=options.numbers,
-        count=options.questions,
-        max_number=options.max_number,
-    )[: options.questions]
-    policy, params = load_chosen(options)
-    grader = options.grader or ("countdown" if embedded else "math")
-    max_new_tokens = options.max_new_tokens or (16 if embedded else 2048)
-    with (
-        GraderPool(grader) as pool,
-        RunDisplay(1, 0) as display,
-        display.phase("samples", len(rows) * 2 * options.k) as progress,
-    ):
-        row, groups, _ = run(
-            params,
-            policy,
-            _sampler(options, policy),
-            make_scorer(policy.config, dtype=options.dtype),
-            pool,
-            rows,
-            k=options.k,
-            key=jax.random.key(options.seed),
-            sampling=Sampling(max_new_tokens, options.temperature, options.top_k, options.top_p),
-            progress=progress,
-        )
-        display.grader_errors(groups)
-    Console().print(evaluation_table(row))
-    write_json(Path(options.output), plain_row(row))
-    print(f"written to {options.output}")
+    run(options)
 
 
 def diversity(options: argparse.Namespace) -> None:
@@ -185,15 +145,11 @@ def diversity(options: argparse.Namespace) -> None:
     from rich.table import Table
 
     from policy_split_jax.evaluation.diversity import diversity as run
-    from policy_split_jax.rewards.answers import after_think
 
     output = check_output(Path(options.output))
     texts: dict[str, dict[str, list[str]]] = {}
-    for place, record in read_records(Path(options.input)):
-        question, mode, text = (_text_of(place, record, key) for key in ("question", "mode", "text"))
-        texts.setdefault(mode, {}).setdefault(question, []).append(after_think(text))
-    if not texts:
-        raise UserError(f"{options.input}: holds no rows; give a file that policy-split sample wrote")
+    for question, mode, text in read_answers(Path(options.input)):
+        texts.setdefault(mode, {}).setdefault(question, []).append(text)
     found = {
         mode: {
             "prompts": len(prompts),
@@ -209,6 +165,26 @@ def diversity(options: argparse.Namespace) -> None:
     table_console().print(table)
     write_json(output, found)
     print(f"written to {output}")
+
+
+def judge(options: argparse.Namespace) -> None:
+    """`policy-split judge FILE`."""
+    from policy_split_jax.evaluation.judge import judge as run
+
+    run(options)
+
+
+def read_answers(path: Path) -> list[tuple[str, str, str]]:
+    """(question, mode, answer) of each row that `policy-split sample` wrote; thoughts are left out."""
+    from policy_split_jax.rewards.answers import after_think
+
+    found = []
+    for place, record in read_records(path):
+        question, mode, text = (_text_of(place, record, key) for key in ("question", "mode", "text"))
+        found.append((question, mode, after_think(text)))
+    if not found:
+        raise UserError(f"{path}: holds no rows; give a file that policy-split sample wrote")
+    return found
 
 
 def _text_of(place: str, record: dict[str, Any], key: str) -> str:
@@ -328,7 +304,8 @@ def table_console() -> "Console":
     return Console(highlight=False, width=None if sys.stdout.isatty() else 150)
 
 
-def _sampler(options: argparse.Namespace, policy: Policy) -> Any:
+def make_sampler(options: argparse.Namespace, policy: Policy) -> Any:
+    """The sampler that the options of the engine describe."""
     from policy_split_jax.sampler.batcher import EngineConfig
     from policy_split_jax.sampler.rollout import Sampler
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,10 @@ class Policy:
     def text(self, tokens: TokenRow) -> str:
         """A rollout's text, without its stop token."""
         return decode_response(self.tokenizer, [int(token) for token in tokens], self.stop_ids)
+
+    def with_prompts(self, **changes: Any) -> "Policy":
+        """The same policy with some of its `ModePrompts` replaced."""
+        return replace(self, prompts=replace(self.prompts, **changes))
 
 
 def model_folder(path: str) -> Path:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ from policy_split_jax.modes import (
 from policy_split_jax.padding import TokenRow
 from policy_split_jax.policy import Policy
 from policy_split_jax.rewards import Grade, GradeItem, GraderPool
-from policy_split_jax.sampler.batcher import Prompt, Rollout, Sampling
+from policy_split_jax.sampler.batcher import FinishReason, Prompt, Rollout, Sampling
 from policy_split_jax.sampler.rollout import Sampler, rollout_keys
 from policy_split_jax.training.batch import Batch
 from policy_split_jax.training.collate import SharedGroup, make_batch
@@ -34,6 +35,25 @@ Progress = Callable[[int], None]
 
 def no_progress(finished: int) -> None:
     """Shows nothing."""
+
+
+@runtime_checkable
+class Graded(Protocol):
+    """What figures need of a question and its rollouts; the lists run over the rollouts."""
+
+    @property
+    def modes(self) -> Sequence[int]: ...
+
+    @property
+    def grades(self) -> Sequence[Grade]: ...
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens."""
+        ...
+
+    @property
+    def finish_reasons(self) -> Sequence[FinishReason]: ...
 
 
 @dataclass
@@ -54,6 +74,14 @@ class Group:
         """Made when they are asked for: a process grades a part of the groups only."""
         return [self.to_text(rollout.tokens) for rollout in self.rollouts]
 
+    @property
+    def lengths(self) -> list[int]:
+        return [len(rollout.tokens) for rollout in self.rollouts]
+
+    @property
+    def finish_reasons(self) -> list[FinishReason]:
+        return [rollout.finish_reason for rollout in self.rollouts]
+
 
 def sample_groups(
     params: qwen3.Params,
@@ -65,15 +93,16 @@ def sample_groups(
     key: Key[Array, ""],
     sampling: Sampling,
     modes: Sequence[int] = (NORMAL, HIGH_ENTROPY),
+    first: int = 0,
     progress: Progress = no_progress,
 ) -> list[Group]:
     """Samples `per_mode` rollouts of every question in each of `modes`, all in one batched generate.
 
-    A rollout depends on the key, the question's place in `rows`, its mode and its index, not on `per_mode`.
-    Raises UserError naming a question whose prompt is too long.
+    A rollout depends on the key, the question's place, its mode and its index, not on `per_mode`. Places count from
+    `first`: that of `rows` in a longer list. Raises UserError naming a question whose prompt is too long.
     """
     prompts = render_prompts(policy, rows, sampler.max_prompt_tokens)
-    questions = np.repeat(np.arange(len(rows)), len(modes))
+    questions = np.repeat(first + np.arange(len(rows)), len(modes))
     keys = rollout_keys(key, questions, np.tile(np.array(modes), len(rows)), per_mode)
     shared = {mode: len(shared_prefix(policy.tokenizer, mode, policy.prompts)) for mode in modes}
     requests = [

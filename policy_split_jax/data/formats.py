@@ -1,6 +1,7 @@
-"""Question files: JSONL and parquet, as plain columns or in verl's layout (chat prompt and reward_model)."""
+"""Question files: JSONL, parquet and CSV, as plain columns or in verl's layout (chat prompt and reward_model)."""
 
 import codecs
+import csv
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ class Row:
 
 
 def read_rows(path: str | Path, question_column: str = "question", answer_column: str = "answer") -> list[Row]:
-    """Reads a `.jsonl` or `.parquet` file.
+    """Reads a `.jsonl`, `.parquet` or `.csv` file.
 
     A record that has both named columns is plain; otherwise one whose `prompt` is a list of chat messages is
     in verl's layout (https://verl.readthedocs.io/en/latest/preparation/prepare_data.html): the question is
@@ -41,11 +42,11 @@ def read_rows(path: str | Path, question_column: str = "question", answer_column
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place for error messages, record) of each row of a .jsonl or .parquet file. Raises UserError."""
-    readers = {".jsonl": _jsonl_records, ".parquet": _parquet_records}
+    """(place for error messages, record) of each row of a .jsonl, .parquet or .csv file. Raises UserError."""
+    readers = {".jsonl": _jsonl_records, ".parquet": _parquet_records, ".csv": _csv_records}
     reader = readers.get(path.suffix)
     if reader is None:
-        raise UserError(f"{path}: unknown format {path.suffix!r}; question files end in .jsonl or .parquet")
+        raise UserError(f"{path}: unknown format {path.suffix!r}; question files end in .jsonl, .parquet or .csv")
     try:
         yield from reader(path)
     except OSError as error:
@@ -91,6 +92,23 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{path}: not a readable parquet file ({reason}); write it again") from None
 
 
+def _csv_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, record) of each row below the header; every value is text."""
+    number = 0
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for record in csv.DictReader(file, strict=True):
+                number += 1
+                place = f"{path}, row {number}"
+                if None in record or None in record.values():
+                    raise UserError(f"{place}: has not as many fields as the header; quote fields that hold commas")
+                yield place, record
+    except csv.Error as error:
+        raise UserError(f"{path}, row {number + 1}: malformed CSV ({error}); write it again") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8; save the file as UTF-8") from None
+
+
 def _row(place: str, stem: str, record: dict[str, Any], question_column: str, answer_column: str) -> Row:
     named = (question_column, answer_column)
     data_source = record.get("data_source") or stem
@@ -105,7 +123,7 @@ def _row(place: str, stem: str, record: dict[str, Any], question_column: str, an
     else:
         question, ground_truth = (_column(place, record, column) for column in named)
         extra_info = {key: value for key, value in record.items() if key not in {*named, "data_source"}}
-        _check_question(place, question_column, question)
+        check_text(place, question_column, question)
     return Row(question, ground_truth, data_source, extra_info)
 
 
@@ -121,17 +139,18 @@ def question_of(place: str, record: dict[str, Any]) -> str:
     if "question" not in record:
         found = ", ".join(map(str, record)) or "none"
         raise UserError(f"{place}: no column 'question'; columns found: {found}")
-    _check_question(place, "question", record["question"])
+    check_text(place, "question", record["question"])
     return record["question"]
 
 
-def _check_question(place: str, column: str, question: Any) -> None:
-    if not isinstance(question, str):
-        raise UserError(f"{place}: {column} holds {_kind(question)}; a question must be text")
-    if not question.strip():
-        raise UserError(f"{place}: {column} is empty; remove the row or write the question")
+def check_text(place: str, column: str, text: Any) -> None:
+    """Raises UserError for what is no text, blank, or half a surrogate pair."""
+    if not isinstance(text, str):
+        raise UserError(f"{place}: {column} holds {_kind(text)}; it must be text")
+    if not text.strip():
+        raise UserError(f"{place}: {column} is empty; remove the row or write what is missing")
     try:
-        question.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError:
         raise UserError(f"{place}: {column} holds half a surrogate pair; repair the text") from None
 
@@ -149,7 +168,7 @@ def _chat_question(place: str, prompt: list[Any]) -> str:
     if roles != ["user"]:
         raise UserError(f"{place}: prompt has the roles {roles}; give exactly one user message")
     question = prompt[0]["content"]
-    _check_question(place, "the user message of prompt", question)
+    check_text(place, "the user message of prompt", question)
     return question
 
 

@@ -22,7 +22,7 @@ from policy_split_jax.modes import HIGH_ENTROPY, MODE_NAMES, NORMAL
 from policy_split_jax.objective.scorer import TokenScores, score_rollouts
 from policy_split_jax.policy import Policy
 from policy_split_jax.rewards import Grade, GraderPool
-from policy_split_jax.rollouts import Group, Progress, grade_groups, no_progress, sample_groups
+from policy_split_jax.rollouts import Graded, Group, Progress, grade_groups, no_progress, sample_groups
 from policy_split_jax.sampler.batcher import Sampling
 from policy_split_jax.sampler.rollout import Sampler
 from policy_split_jax.training.batch import Batch
@@ -56,6 +56,16 @@ class GroupScores:
     entropy: Float[np.ndarray, "2 G T"]
     logprobs: Float[np.ndarray, "2 G T"]
     kl: Float[np.ndarray, "2 G T"]
+
+
+class TokenSums(NamedTuple):
+    """What one mode's distributions are like on its own rollouts (nats): of each token, or summed over each rollout."""
+
+    entropy: Float[np.ndarray, "N"]
+    kl: Float[np.ndarray, "N"]
+    """To the other mode."""
+    tokens: int
+    """How many tokens all of them are."""
 
 
 def make_scorer(
@@ -125,7 +135,7 @@ def questions_at_once(group: int, tokens: int, shards: int) -> int:
     return max(least, min(_SCORED_QUESTIONS, _SCORED_TOKENS // tokens) // least * least)
 
 
-def rewards_of(groups: Sequence[Group], mode: int) -> Float[np.ndarray, "Q n"]:
+def rewards_of(groups: Sequence[Graded], mode: int) -> Float[np.ndarray, "Q n"]:
     """One mode's rewards; NaN where grading failed."""
     return np.array(
         [
@@ -136,7 +146,7 @@ def rewards_of(groups: Sequence[Group], mode: int) -> Float[np.ndarray, "Q n"]:
     )
 
 
-def _of_mode(group: Group, values: Sequence[Any], mode: int) -> list[Any]:
+def _of_mode(group: Graded, values: Sequence[Any], mode: int) -> list[Any]:
     return [value for value, own in zip(values, group.modes, strict=True) if mode in (own, _BOTH)]
 
 
@@ -144,15 +154,15 @@ def _correct(rewards: Float[np.ndarray, "Q n"]) -> Float[np.ndarray, "Q n"]:
     return np.where(np.isnan(rewards), np.nan, rewards > CORRECT)
 
 
-def _answers(groups: Sequence[Group], mode: int) -> list[list[str | None]]:
+def _answers(groups: Sequence[Graded], mode: int) -> list[list[str | None]]:
     """What each rollout answered, for votes and for counting solutions; None where it was cut off too early to.
 
     A rollout that was cut off and is right all the same had answered.
     """
     return [
         [
-            None if rollout.finish_reason == "length" and not _is_right(grade) else grade.answer
-            for grade, rollout in _of_mode(group, list(zip(group.grades, group.rollouts, strict=True)), mode)
+            None if reason == "length" and not _is_right(grade) else grade.answer
+            for grade, reason in _of_mode(group, list(zip(group.grades, group.finish_reasons, strict=True)), mode)
         ]
         for group in groups
     ]
@@ -162,7 +172,7 @@ def _is_right(grade: Grade) -> bool:
     return grade.score is not None and grade.score > CORRECT
 
 
-def outcome_metrics(groups: Sequence[Group]) -> Row_:
+def outcome_metrics(groups: Sequence[Graded]) -> Row_:
     """What the graders and lengths say, per mode and across the modes that sampled; in training and evaluations."""
     sampled = [mode for mode in (NORMAL, HIGH_ENTROPY) if mode in groups[0].modes]
     row: Row_ = {}
@@ -176,22 +186,23 @@ def outcome_metrics(groups: Sequence[Group]) -> Row_:
     return row
 
 
-def _outcomes(groups: Sequence[Group], part: int, name: str) -> Row_:
+def _outcomes(groups: Sequence[Graded], part: int, name: str) -> Row_:
     """Of one mode's rollouts, or of all."""
     rewards, answers = rewards_of(groups, part), _answers(groups, part)
     correct = _correct(rewards)
-    rollouts = [rollout for group in groups for rollout in _of_mode(group, group.rollouts, part)]
+    lengths = [length for group in groups for length in _of_mode(group, group.lengths, part)]
+    reasons = [reason for group in groups for reason in _of_mode(group, group.finish_reasons, part)]
     return {
         f"reward/{name}": metrics.average_at_k(rewards),
         f"accuracy/{name}": metrics.average_at_k(correct),
-        f"response_length/{name}": float(np.mean([len(r.tokens) for r in rollouts])),
-        f"truncated/{name}": float(np.mean([r.finish_reason == "length" for r in rollouts])),
+        f"response_length/{name}": float(np.mean(lengths)),
+        f"truncated/{name}": float(np.mean([reason == "length" for reason in reasons])),
         f"best_of_k/{name}": metrics.best_of_k(rewards),
         f"distinct_correct/{name}": metrics.distinct_correct(answers, correct),
     }
 
 
-def pass_metrics(groups: Sequence[Group], k: int) -> Row_:
+def pass_metrics(groups: Sequence[Graded], k: int) -> Row_:
     """pass@1, 2, 4, … and k, and maj@k: per mode, and with half of the samples from each mode.
 
     `both` has only even sizes.
@@ -219,23 +230,34 @@ def _sizes(k: int) -> list[int]:
     return [*(2**power for power in range(k.bit_length()) if 2**power < k), k]
 
 
-def distribution_metrics(groups: Sequence[Group], scores: Sequence[GroupScores]) -> Row_:
+def distribution_metrics(normal: TokenSums, high_entropy: TokenSums) -> Row_:
     """Exact entropies and inter-mode KL, means over tokens: each mode on its own rollouts (nats, and bits)."""
-    row: Row_ = {}
-    kl_names = {NORMAL: "kl/normal_to_high_entropy", HIGH_ENTROPY: "kl/high_entropy_to_normal"}
-    entropies = []
-    for mode in (NORMAL, HIGH_ENTROPY):
-        entropy, kl = [], []
-        for group, score in zip(groups, scores, strict=True):
-            own = _own_tokens(group, mode, score.entropy.shape[-1])
-            entropy.append(score.entropy[mode][own])
-            kl.append(score.kl[mode][own])
-        entropies.append(np.concatenate(entropy))
-        row[kl_names[mode]] = float(np.concatenate(kl).mean(dtype=np.float64))
-    for name, values in zip((*MODE_NAMES, "both"), (*entropies, np.concatenate(entropies)), strict=True):
-        row[f"entropy/{name}"] = float(values.mean(dtype=np.float64))
+    row: Row_ = {
+        "kl/normal_to_high_entropy": _per_token(normal.kl, normal.tokens),
+        "kl/high_entropy_to_normal": _per_token(high_entropy.kl, high_entropy.tokens),
+    }
+    together = np.concatenate([normal.entropy, high_entropy.entropy])
+    entropies = (normal.entropy, high_entropy.entropy, together)
+    tokens = (normal.tokens, high_entropy.tokens, normal.tokens + high_entropy.tokens)
+    for name, values, count in zip((*MODE_NAMES, "both"), entropies, tokens, strict=True):
+        row[f"entropy/{name}"] = _per_token(values, count)
         row[f"entropy_bits/{name}"] = row[f"entropy/{name}"] / float(np.log(2))
     return row
+
+
+def _per_token(values: Float[np.ndarray, "N"], tokens: int) -> float:
+    return float(values.sum(dtype=np.float64) / tokens)
+
+
+def token_sums(groups: Sequence[Group], scores: Sequence[GroupScores], mode: int) -> TokenSums:
+    """Each of a mode's own tokens."""
+    entropy, kl = [], []
+    for group, score in zip(groups, scores, strict=True):
+        own = _own_tokens(group, mode, score.entropy.shape[-1])
+        entropy.append(score.entropy[mode][own])
+        kl.append(score.kl[mode][own])
+    values = np.concatenate(entropy)
+    return TokenSums(values, np.concatenate(kl), values.size)
 
 
 def _own_tokens(group: Group, mode: int, width: int) -> Bool[np.ndarray, "G T"]:
@@ -267,6 +289,30 @@ def sample_rows(groups: Sequence[Group], scores: Sequence[GroupScores] | None = 
     return rows
 
 
+def evaluation_metrics(groups: Sequence[Graded], tokens: Sequence[TokenSums], k: int) -> Row_:
+    """One row of metrics of k answers to every question in both modes; `tokens` are by mode."""
+    row: Row_ = {"k": k, "questions": len(groups)}
+    return row | outcome_metrics(groups) | pass_metrics(groups, k) | distribution_metrics(*tokens)
+
+
+def accuracy_intervals(strata: Sequence[Sequence[Graded]]) -> Row_:
+    """95 % bootstrap intervals over questions of each mode's accuracy, and of what the high-entropy mode has more.
+
+    Accuracies are means over the strata (the benchmarks; one where there is one). The difference is paired: of each
+    question in both modes.
+    """
+    normal, high_entropy = (
+        [metrics.average_at_k_per_question(_correct(rewards_of(groups, mode))) for groups in strata]
+        for mode in (NORMAL, HIGH_ENTROPY)
+    )
+    difference = [second - first for first, second in zip(normal, high_entropy, strict=True)]
+    row: Row_ = {"accuracy_difference": float(np.mean([metrics.mean_over_questions(part) for part in difference]))}
+    for name, values in (("/normal", normal), ("/high_entropy", high_entropy), ("_difference", difference)):
+        low, high = metrics.stratified_interval(values)
+        row |= {f"accuracy{name}/low": low, f"accuracy{name}/high": high}
+    return row
+
+
 def evaluate(
     params: qwen3.Params,
     policy: Policy,
@@ -282,15 +328,32 @@ def evaluate(
 ) -> tuple[Row_, list[Group], list[GroupScores]]:
     """Samples, grades and scores k answers to every question in both modes; one row of metrics."""
     started = time.perf_counter()
-    groups = sample_groups(params, policy, sampler, rows, per_mode=k, key=key, sampling=sampling, progress=progress)
-    grade_groups(pool, groups)
-    score = partial(
-        score_groups,
-        max_prompt_tokens=sampler.max_prompt_tokens,
-        max_new_tokens=sampling.max_new_tokens,
+    groups, scores = answer(
+        params, policy, sampler, scorer, pool, rows, k=k, key=key, sampling=sampling, progress=progress
     )
-    scores = score(scorer, params, groups)
-    row: Row_ = {"k": k, "questions": len(rows)}
-    row |= outcome_metrics(groups) | pass_metrics(groups, k) | distribution_metrics(groups, scores)
+    row = evaluation_metrics(groups, [token_sums(groups, scores, mode) for mode in (NORMAL, HIGH_ENTROPY)], k)
     row["time/eval"] = time.perf_counter() - started
     return row, groups, scores
+
+
+def answer(
+    params: qwen3.Params,
+    policy: Policy,
+    sampler: Sampler,
+    scorer: Scorer,
+    pool: GraderPool,
+    rows: Sequence[Row],
+    *,
+    k: int,
+    key: Key[Array, ""],
+    sampling: Sampling,
+    first: int = 0,
+    progress: Progress = no_progress,
+) -> tuple[list[Group], list[GroupScores]]:
+    """k answers to every question in both modes, graded and scored; `first` as `sample_groups` has it."""
+    groups = sample_groups(
+        params, policy, sampler, rows, per_mode=k, key=key, sampling=sampling, first=first, progress=progress
+    )
+    grade_groups(pool, groups)
+    limits = {"max_prompt_tokens": sampler.max_prompt_tokens, "max_new_tokens": sampling.max_new_tokens}
+    return groups, score_groups(scorer, params, groups, **limits)

@@ -10,6 +10,7 @@ from policy_split_jax.rewards import custom, exact
 BUILT_IN = {
     "countdown": "policy_split_jax.rewards.countdown",
     "exact": "policy_split_jax.rewards.exact",
+    "letter": "policy_split_jax.rewards.letter",
     "math": "policy_split_jax.rewards.maths",
     "prm800k": "policy_split_jax.rewards.prm800k",
     "released": "policy_split_jax.rewards.released",

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from policy_split_jax.modes import MODE_NAMES
-from policy_split_jax.rollouts import Group
+from policy_split_jax.rollouts import Graded
 from policy_split_jax.rollouts import Progress as Report
 
 _TABLE = (
@@ -85,7 +85,7 @@ class RunDisplay:
             + f"length {_pair(row, 'response_length', '.1f')}  {row['time/step']:.1f} s"
         )
 
-    def grader_errors(self, groups: Sequence[Group]) -> None:
+    def grader_errors(self, groups: Sequence[Graded]) -> None:
         """Says how many rollouts have no grade, and why the first has none."""
         errors = [grade.error for group in groups for grade in group.grades if grade.score is None]
         if errors:

@@ -93,9 +93,9 @@ BAD_RECORDS = [
         {"question": "1+1?", "label": 2},
         "no column 'answer'; columns found: question, label; set question_column",
     ),
-    ({"question": 5, "answer": 2}, "question holds int 5; a question must be text"),
-    ({"question": ["a"], "answer": 2}, "question holds a list; a question must be text"),
-    ({"question": None, "answer": 2}, "question holds null; a question must be text"),
+    ({"question": 5, "answer": 2}, "question holds int 5; it must be text"),
+    ({"question": ["a"], "answer": 2}, "question holds a list; it must be text"),
+    ({"question": None, "answer": 2}, "question holds null; it must be text"),
     ({"question": " \n", "answer": 2}, "question is empty; remove the row"),
     ({"question": "q", "answer": 2, "data_source": 7}, "data_source holds int 7; it must be text"),
     (
@@ -155,9 +155,9 @@ def test_the_row_of_a_parquet_error(tmp_path):
 
 
 def test_bad_files_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"questions\.csv: unknown format '\.csv'; .* \.jsonl or \.parquet"):
-        read_rows(tmp_path / "questions.csv")
-    for name in ("absent.jsonl", "absent.parquet"):
+    with pytest.raises(UserError, match=r"questions\.txt: unknown format '\.txt'; .* \.jsonl, \.parquet or \.csv"):
+        read_rows(tmp_path / "questions.txt")
+    for name in ("absent.jsonl", "absent.parquet", "absent.csv"):
         with pytest.raises(UserError, match=f"{name}: cannot be read .*; check the path"):
             read_rows(tmp_path / name)
     for name in ("folder.jsonl", "folder.parquet"):
@@ -178,3 +178,28 @@ def test_gsm8k_loads_as_it_is(shared):
     assert (len(train), len(test)) == (7473, 1319)
     assert train[0].question.startswith("Natalia sold clips to 48 of her friends in April")
     assert train[0].ground_truth.endswith("#### 72")
+
+
+def test_csv_with_line_breaks_quotes_and_a_byte_order_mark(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'\xef\xbb\xbfquestion,answer,level\r\n"one, ""two""\nthree",5,x\r\nq,,y\r\n')
+    assert read_rows(path) == [
+        Row('one, "two"\nthree', "5", "a", {"level": "x"}),
+        Row("q", "", "a", {"level": "y"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"question,answer\na,1\nb\n", r"a\.csv, row 2: has not as many fields as the header"),
+        (b"question,answer\na,1,2\n", r"a\.csv, row 1: has not as many fields as the header"),
+        (b'question,answer\n"a,1\n', r"a\.csv, row 1: malformed CSV \(unexpected end of data\)"),
+        (b"question,answer\n\xff,1\n", r"a\.csv: not UTF-8"),
+        (b"question,answer\n", r"a\.csv: holds no rows"),
+    ],
+)
+def test_bad_csv_is_named(content, message, tmp_path):
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_rows(tmp_path / "a.csv")

@@ -1,5 +1,7 @@
 """What an evaluation reports, from groups made by hand."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -110,3 +112,37 @@ def test_the_scored_questions_are_as_long_as_the_longest(monkeypatch):
     monkeypatch.setattr(evaluate, "_SCORED_TOKENS", 32)
     scored = evaluate.score_groups(evaluate.Scorer(run, 1), {}, rows, max_prompt_tokens=4, max_new_tokens=4)
     assert (sizes, len(scored)) == ([2] * 5, 9)
+
+
+def test_means_over_tokens():
+    """Sums over rollouts say the same as values of tokens."""
+    # Lengths are 2, 3 (normal) and 4, 5 (high-entropy).
+    own = group([(1.0, "8"), (0.0, "7")], [(0.0, "7"), (1.0, "9")])
+    entropy = np.arange(2 * 4 * 6, dtype=np.float32).reshape(2, 4, 6)
+    scores = evaluate.GroupScores(entropy, entropy, entropy / 16)
+    tokens = [evaluate.token_sums([own], [scores], mode) for mode in (NORMAL, HIGH_ENTROPY)]
+    row = evaluate.distribution_metrics(*tokens)
+    # 0, 1 | 6, 7, 8 under the normal mode; 36..39 | 42..46 under the high-entropy mode.
+    assert row["entropy/normal"] == 22 / 5
+    assert row["entropy/high_entropy"] == 370 / 9
+    assert row["entropy/both"] == 392 / 14
+    assert row["entropy_bits/normal"] == pytest.approx(22 / 5 / math.log(2))
+    assert row["kl/normal_to_high_entropy"] == pytest.approx(22 / 5 / 16)
+    assert row["kl/high_entropy_to_normal"] == pytest.approx(370 / 9 / 16)
+    rollouts = [
+        evaluate.TokenSums(np.array([1.0, 21.0]), np.array([1.0, 21.0]) / 16, 5),
+        evaluate.TokenSums(np.array([150.0, 220.0]), np.array([150.0, 220.0]) / 16, 9),
+    ]
+    assert evaluate.distribution_metrics(*rollouts) == pytest.approx(row)
+
+
+def test_intervals_of_accuracy_are_paired_by_question():
+    """Each question's difference is 1/2, whatever its difficulty: that interval is a point, the modes' are not."""
+    hard, easy = (0.0, "7"), (1.0, "8")
+    rows = [group([hard, hard], [hard, easy]), group([hard, easy], [easy, easy])] * 3
+    row = evaluate.accuracy_intervals([rows])
+    assert (row["accuracy_difference"], row["accuracy_difference/low"], row["accuracy_difference/high"]) == (0.5,) * 3
+    # Six questions, half of them 0 and half 1/2: the mean of six draws is a multiple of 1/12, B(6, 1/2)/12. Its
+    # quantiles at 2.5 and 97.5 % are 1/12 and 5/12 (P(B=0) = 1.6 %, P(B<=1) = 10.9 %).
+    assert (row["accuracy/normal/low"], row["accuracy/normal/high"]) == pytest.approx((1 / 12, 5 / 12))
+    assert (row["accuracy/high_entropy/low"], row["accuracy/high_entropy/high"]) == pytest.approx((7 / 12, 11 / 12))

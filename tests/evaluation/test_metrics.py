@@ -272,3 +272,16 @@ def test_bootstrap_repeats_with_its_seed_and_ignores_nan():
 def test_bootstrap_refuses_settings_without_a_meaning(bad):
     with pytest.raises(ValueError, match=r"level|draws"):
         metrics.bootstrap_interval(np.ones(3), **bad)
+
+
+def test_stratified_bootstrap_matches_the_normal_approximation():
+    """A mean of two means has half of each stratum's standard error, whatever the sizes of the strata."""
+    rng = np.random.default_rng(0)
+    small, large = rng.normal(size=100), rng.normal(size=900, loc=3)
+    low, high = metrics.stratified_interval([small, large])
+    error = 0.5 * math.sqrt(small.var() / small.size + large.var() / large.size)
+    # 2000 draws give a quantile to about 5 % of the interval's half width.
+    assert (low + high) / 2 == pytest.approx((small.mean() + large.mean()) / 2, abs=0.1 * error)
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert metrics.stratified_interval([small]) == metrics.bootstrap_interval(small)
+    assert all(math.isnan(end) for end in metrics.stratified_interval([small, np.full(2, NAN)]))

@@ -203,7 +203,7 @@ def test_a_parent_that_dies_ends_a_hanging_worker(reward: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ("countdwn", "unknown reward 'countdwn': use countdown, exact, math"),
+        ("countdwn", "unknown reward 'countdwn': use countdown, exact, letter, math"),
         ("missing.py:f", "no file missing.py"),
         ("no_such_module:f", "ModuleNotFoundError"),
     ],

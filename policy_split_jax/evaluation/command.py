@@ -1,0 +1,238 @@
+"""What `policy-split eval` does."""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from policy_split_jax.commands import load_chosen, make_sampler, table_console
+from policy_split_jax.config import EMBEDDED
+from policy_split_jax.data.benchmarks import BENCHMARKS
+from policy_split_jax.data.dataset import load_rows
+from policy_split_jax.data.formats import Row
+from policy_split_jax.errors import UserError
+from policy_split_jax.evaluation.evaluate import accuracy_intervals, answer, evaluation_metrics, make_scorer
+from policy_split_jax.evaluation.journal import append, begin
+from policy_split_jax.evaluation.rollout_file import (
+    QuestionBatch,
+    SavedQuestion,
+    finished_batches,
+    question_batches,
+    read_questions,
+    rollout_records,
+    saved_sums,
+)
+from policy_split_jax.files import check_output, write_json
+from policy_split_jax.model.qwen3 import Params
+from policy_split_jax.modes import HIGH_ENTROPY, MODE_NAMES, NORMAL
+from policy_split_jax.policy import Policy
+from policy_split_jax.rewards import GraderPool
+from policy_split_jax.rollouts import render_prompts
+from policy_split_jax.sampler.batcher import Sampling
+from policy_split_jax.training.console import RunDisplay, evaluation_table
+from policy_split_jax.training.metrics_log import plain_row
+
+PAPER = Sampling(max_new_tokens=32768, temperature=0.6, top_k=20, top_p=0.95)
+"""How the paper samples its benchmarks."""
+_QUESTIONS = 256
+_FINGERPRINT_VALUES = 64
+
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark, or the one file of questions that is not one."""
+
+    rows: list[Row]
+    grader: str
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """`policy-split eval`."""
+    output = check_output(Path(options.output))
+    tasks = _benchmarks(options) if options.benchmark else _data(options)
+    sampling = _sampling(options)
+    policy, params = load_chosen(options)
+    if options.high_entropy_prompt is not None:
+        policy = policy.with_prompts(high_entropy=options.high_entropy_prompt)
+    if options.benchmark:
+        # Benchmarks bring instructions of their own.
+        policy = policy.with_prompts(question_template="{question}")
+    for task in tasks.values():
+        render_prompts(policy, task.rows, options.max_prompt_tokens)
+    settings = _settings(options, sampling, policy, params, tasks)
+    rollouts = output.with_name(f"{output.stem}.rollouts.jsonl")
+    begin(rollouts, settings, options.fresh)
+    _answer_all(options, rollouts, tasks, sampling, policy, params)
+    questions = read_questions(rollouts)
+    RunDisplay(1, 0).grader_errors([question for own in questions.values() for question in own])
+    show = _show_benchmarks if options.benchmark else _show_data
+    result = show(questions, options.k)
+    write_json(output, {"settings": settings, **result})
+    print(f"written to {output}, every rollout to {rollouts}")
+
+
+def _benchmarks(options: argparse.Namespace) -> dict[str, Task]:
+    """The chosen benchmarks; files of one name are one benchmark, as the two exams of AIME are."""
+    tasks: dict[str, Task] = {}
+    for text in options.benchmark:
+        name, _, file = text.partition("=")
+        if name not in BENCHMARKS or not file:
+            raise UserError(f"--benchmark {text}: write NAME=FILE; the names are {', '.join(BENCHMARKS)}")
+        rows = tasks[name].rows if name in tasks else []
+        tasks[name] = Task(rows + BENCHMARKS[name].read(Path(file)), options.grader or BENCHMARKS[name].grader)
+    return {name: Task(task.rows[: options.questions], task.grader) for name, task in tasks.items()}
+
+
+def _data(options: argparse.Namespace) -> dict[str, Task]:
+    count = options.questions or _QUESTIONS
+    rows = load_rows(
+        options.data,
+        question_column=options.question_column,
+        answer_column=options.answer_column,
+        split="test",
+        numbers=options.numbers,
+        count=count,
+        max_number=options.max_number,
+    )
+    grader = options.grader or ("countdown" if options.data == EMBEDDED else "math")
+    return {Path(options.data).stem: Task(rows[:count], grader)}
+
+
+def _sampling(options: argparse.Namespace) -> Sampling:
+    """The defaults of what is evaluated, and whatever was given explicitly in their place."""
+    defaults = PAPER if options.benchmark else Sampling(16 if options.data == EMBEDDED else 2048)
+    given = {name: getattr(options, name) for name in asdict(defaults)}
+    return Sampling(**{**asdict(defaults), **{name: value for name, value in given.items() if value is not None}})
+
+
+def _settings(
+    options: argparse.Namespace, sampling: Sampling, policy: Policy, params: Params, tasks: Mapping[str, Task]
+) -> dict[str, Any]:
+    """All that the rollouts depend on."""
+    prompts = asdict(policy.prompts)
+    return {
+        "model": _fingerprint(params),
+        "high_entropy_prompt": prompts.pop("high_entropy"),
+        **prompts,
+        "k": options.k,
+        "seed": options.seed,
+        **asdict(sampling),
+        "dtype": options.dtype,
+        **{f"questions of {name}": _identity(task) for name, task in tasks.items()},
+    }
+
+
+def _identity(task: Task) -> dict[str, Any]:
+    content = json.dumps([(row.question, row.ground_truth) for row in task.rows], default=str)
+    digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+    return {"count": len(task.rows), "sha256": digest, "grader": task.grader}
+
+
+def _fingerprint(params: Params) -> str:
+    """A hash of some of each weight's values: a training step changes all of them, and all take long to read."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        places = np.linspace(0, leaf.size - 1, _FINGERPRINT_VALUES).astype(np.int64)
+        digest.update(f"{leaf.shape}".encode() + np.asarray(leaf[np.unravel_index(places, leaf.shape)]).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _answer_all(
+    options: argparse.Namespace,
+    path: Path,
+    tasks: Mapping[str, Task],
+    sampling: Sampling,
+    policy: Policy,
+    params: Params,
+) -> None:
+    """Samples, grades, scores and saves the batches that the file has not yet."""
+    batches = question_batches({name: len(task.rows) for name, task in tasks.items()}, options.questions_at_once)
+    done = finished_batches(path, batches, options.k)
+    each = len(MODE_NAMES) * options.k
+    with RunDisplay(1, 0) as display, display.phase("samples", each * _count(batches)) as progress:
+        progress(each * _count(batches[:done]))
+        run = partial(
+            answer,
+            params,
+            policy,
+            make_sampler(options, policy),
+            make_scorer(policy.config, dtype=options.dtype),
+            k=options.k,
+            key=jax.random.key(options.seed),
+            sampling=sampling,
+            progress=progress,
+        )
+        for name, left in groupby(batches[done:], key=lambda batch: batch.benchmark):
+            task = tasks[name]
+            with GraderPool(task.grader) as pool:
+                for batch in left:
+                    rows = task.rows[batch.first : batch.first + batch.count]
+                    append(path, rollout_records(batch, *run(pool=pool, rows=rows, first=batch.first)))
+
+
+def _count(batches: Sequence[QuestionBatch]) -> int:
+    return sum(batch.count for batch in batches)
+
+
+def _metrics(questions: Sequence[SavedQuestion], k: int) -> Metrics:
+    return evaluation_metrics(questions, [saved_sums(questions, mode) for mode in (NORMAL, HIGH_ENTROPY)], k)
+
+
+def _show_data(questions: Mapping[str, Sequence[SavedQuestion]], k: int) -> Metrics:
+    (own,) = questions.values()
+    row = _metrics(own, k)
+    Console().print(evaluation_table(row))
+    return plain_row(row | accuracy_intervals([own]))
+
+
+def _show_benchmarks(questions: Mapping[str, Sequence[SavedQuestion]], k: int) -> Metrics:
+    rows = {name: _metrics(own, k) | accuracy_intervals([own]) for name, own in questions.items()}
+    strata: dict[str, list[SavedQuestion]] = {}
+    for name, own in questions.items():
+        strata.setdefault(BENCHMARKS[name].average, []).extend(own)
+    mean = {"mean": _mean(list(strata.values()), k)} if len(strata) > 1 else {}
+    table_console().print(_table({**rows, **mean}, k))
+    plain = {name: plain_row(row) for name, row in {**rows, **mean}.items()}
+    return {"benchmarks": {name: plain[name] for name in rows}, **{name: plain[name] for name in mean}}
+
+
+def _mean(strata: Sequence[Sequence[SavedQuestion]], k: int) -> Metrics:
+    """Means over the strata; of what counts rollouts, the sum."""
+    rows = [_metrics(questions, k) for questions in strata]
+    mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    counts = {name: sum(row[name] for row in rows) for name in ("questions", "grader/failed")}
+    return mean | counts | {"k": k} | accuracy_intervals(strata)
+
+
+def _table(rows: Mapping[str, Metrics], k: int) -> Table:
+    table = Table(title=f"{k} samples of each question in each mode; accuracy with its 95 % interval over questions")
+    figures = {
+        "accuracy": lambda row, mode: (
+            f"{row[f'accuracy/{mode}']:.1%}  "
+            f"{100 * row[f'accuracy/{mode}/low']:.1f} to {100 * row[f'accuracy/{mode}/high']:.1f}"
+        ),
+        f"maj@{k}": lambda row, mode: f"{row[f'maj@{k}/{mode}']:.1%}",
+        f"pass@{k}": lambda row, mode: f"{row[f'pass@{k}/{mode}']:.1%}",
+        "entropy (bits)": lambda row, mode: f"{row[f'entropy_bits/{mode}']:.3f}",
+        "length": lambda row, mode: f"{row[f'response_length/{mode}']:.1f}",
+        "truncated": lambda row, mode: f"{row[f'truncated/{mode}']:.1%}",
+    }
+    for heading in ("", "mode", "questions", *figures):
+        table.add_column(heading, justify="left" if heading in ("", "mode") else "right")
+    for name, row in rows.items():
+        for mode in MODE_NAMES:
+            cells = (shown(row, mode) for shown in figures.values())
+            table.add_row(name, mode.replace("_", "-"), str(row["questions"]), *cells)
+    return table

@@ -1,0 +1,65 @@
+"""JSONL that long work appends to, so that it goes on where it was killed; the first line holds its settings."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from policy_split_jax.errors import UserError
+from policy_split_jax.files import whole_file
+
+Record = dict[str, Any]
+
+
+def begin(path: Path, settings: Mapping[str, Any], fresh: bool) -> None:
+    """Makes sure that a file of these settings is there; `fresh` drops one that was there before.
+
+    Raises UserError where the file is one of other settings, naming them.
+    """
+    if fresh or not path.is_file():
+        with whole_file(path) as file:
+            file.write(_line({"settings": settings}))
+    else:
+        with path.open("rb") as file:
+            _check_settings(path, next_record(file), settings)
+
+
+def next_record(file: BinaryIO) -> Record | None:
+    """The object in the next line; None where the line is missing, was cut off, or holds no object."""
+    line = file.readline()
+    try:
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def append(path: Path, records: Iterable[Record]) -> None:
+    """Adds lines; they are on the disk when this returns."""
+    with path.open("ab") as file:
+        file.write("".join(map(_line, records)).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _check_settings(path: Path, header: Record | None, settings: Mapping[str, Any]) -> None:
+    if header is None or not isinstance(header.get("settings"), dict):
+        raise UserError(f"{path}: its first line holds no settings; choose another --output, or give --fresh")
+    there, now = header["settings"], json.loads(json.dumps(settings))
+    differing = [
+        f"{name} ({_shown(there.get(name))} there, {_shown(now.get(name))} now)"
+        for name in {**there, **now}
+        if there.get(name) != now.get(name)
+    ]
+    if differing:
+        raise UserError(f"{path}: has other settings: {', '.join(differing)}; give those, another --output, or --fresh")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -283,6 +283,7 @@ def report(options: argparse.Namespace) -> None:
         raise UserError("--output and --watch exclude each other: what is watched is served and not written")
     with socket.socket() as bound:
         _bind(bound, options.host, options.port)
+        bound.listen()
         host, port = bound.getsockname()[:2]
         print(f"report at http://{host}:{port}/; Ctrl-C ends", flush=True)
         watch(Watcher(runs), bound)

@@ -20,10 +20,7 @@ from policy_split_jax.report.groups import RunGroup, average_of_seeds
 from policy_split_jax.report.runs import Row, number
 
 PARTED = 0.1
-"""From this KL on the modes are said to have parted (nats a token): a tenth of the e-fold, and some ten times where
-the modes of a model that was not trained so begin."""
-LABELLED = 3
-"""With more runs than that the figure has arrows and no words."""
+"""From this KL on the modes are said to have parted (nats a token); before training it is some hundredths."""
 KL = "kl/high_entropy_to_normal"
 COLOURS = (NORMAL_COLOUR, HIGH_ENTROPY_COLOUR)
 NAMES = ("normal", "high entropy")
@@ -80,19 +77,20 @@ def glance_chart(groups: Sequence[RunGroup]) -> Chart | None:
     drawn = [(index, group, split) for index, group in enumerate(groups) if (split := split_of(group))]
     if not drawn:
         return None
+    entropies, accuracies = _coordinates([split for _, _, split in drawn])
+    across = _padded(entropies, 0.4 * max(entropies))
     data: list[dict[str, Any]] = []
     notes: list[dict[str, Any]] = []
     for index, group, split in drawn:
         for mode in (NORMAL, HIGH_ENTROPY):
             data += _mode_traces(group, index, split, mode, _mode_label(group, mode, groups))
             notes += _arrow(split, mode) if split.evaluations > 1 else []
-        if len(groups) <= LABELLED:
-            data.append(_gap(index, split))
-            notes += _words(split)
+        data.append(_gap(index, split))
+        # Words of several runs would lie on each other; the sentences above have the numbers.
+        notes += _words(split, across[1] - across[0]) if len(groups) == 1 else []
     layout = axes_layout("entropy (nats per token)", "accuracy (share correct)", legend=False)
     layout |= {"hovermode": "closest", "annotations": notes}
-    for axis, values in zip(("xaxis", "yaxis"), _coordinates([split for _, _, split in drawn]), strict=True):
-        layout[axis]["range"] = _padded(values)
+    layout["xaxis"]["range"], layout["yaxis"]["range"] = across, _padded(accuracies, 0.2)
     look_for = (
         "Each mode's way from the first evaluation (ring) to the last. Up is more often right, right is more varied. "
         "The dashed line is the gap between the modes: KL(high entropy ‖ normal), in nats per token."
@@ -198,25 +196,33 @@ def _gap(index: int, split: Split) -> dict[str, Any]:
     return style | ends
 
 
-def _words(split: Split) -> list[dict[str, Any]]:
-    """The modes' names away from each other at the ends, and the KL between them."""
-    higher = max((NORMAL, HIGH_ENTROPY), key=lambda mode: split.end.accuracy[mode])
+def _words(split: Split, span: float) -> list[dict[str, Any]]:
+    """The modes' names beside their ends, to the outside, where no arrow comes from, and the KL between them.
+
+    `span` is the width of the figure in nats.
+    """
+    low, high = sorted((NORMAL, HIGH_ENTROPY), key=lambda mode: split.end.entropy[mode])
+    side = 1 if sum(split.end.accuracy) >= sum(split.start.accuracy) else -1
     words = [
         {
             "x": split.end.entropy[mode],
             "y": split.end.accuracy[mode],
             "text": f"<b>{NAMES[mode]}</b>",
-            "font": {"color": COLOURS[mode], "size": 14},
+            # The page colours it, so that it can be read on light and dark.
+            "name": MODE_NAMES[mode],
+            "font": {"size": 14},
             "showarrow": False,
-            "yshift": 20 if mode == higher else -20,
+            "xanchor": anchor,
+            "yshift": 18 * side,
         }
-        for mode in (NORMAL, HIGH_ENTROPY)
+        for mode, anchor in ((low, "right"), (high, "left"))
     ]
-    middle = {"x": sum(split.end.entropy) / 2, "y": sum(split.end.accuracy) / 2}
+    apart = split.end.entropy[high] - split.end.entropy[low] > 0.35 * span
+    middle = {"x": sum(split.end.entropy) / 2, "y": sum(split.end.accuracy) / 2, "yshift": (12 if apart else 38) * side}
     words.append(middle | {"text": f"<b>KL {_nats(split.end.kl)}</b>", "showarrow": False, "font": {"size": 13}})
     if split.evaluations > 1:
         at = {"x": sum(split.start.entropy) / 2, "y": sum(split.start.accuracy) / 2}
-        words.append(at | {"text": "start", "showarrow": False, "yshift": -20})
+        words.append(at | {"text": "start", "showarrow": False, "yshift": -20 * side})
     return words
 
 
@@ -225,8 +231,8 @@ def _coordinates(splits: Sequence[Split]) -> tuple[list[float], list[float]]:
     return [value for each in moments for value in each.entropy], [value for each in moments for value in each.accuracy]
 
 
-def _padded(values: Sequence[float]) -> list[float]:
-    """A range in which the words beside the points have room."""
+def _padded(values: Sequence[float], least: float) -> list[float]:
+    """A range with room for the words; not so narrow that a small step looks like a large one."""
     low, high = min(values), max(values)
-    room = 0.22 * (high - low) or 0.1
+    room = max(0.25 * (high - low), (least - (high - low)) / 2)
     return rounded([low - room, high + room])

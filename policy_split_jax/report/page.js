@@ -10,6 +10,9 @@
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const read = (page) => JSON.parse(page.getElementById("chart-data").textContent);
 
+  const readable = (note) =>
+    note.name ? { ...note, font: { ...note.font, color: colour(`--${note.name.replace("_", "-")}-text`) } } : note;
+
   const themed = (layout, slug) => {
     const axis = { gridcolor: colour("--grid"), linecolor: colour("--grid"), tickcolor: colour("--grid") };
     return {
@@ -19,6 +22,7 @@
       dragmode: coarse.matches ? false : "zoom",
       // A chart that is drawn anew keeps what was zoomed into.
       uirevision: slug,
+      annotations: (layout.annotations || []).map(readable),
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: "system-ui, sans-serif", size: 12, color: colour("--muted") },

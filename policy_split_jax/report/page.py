@@ -129,9 +129,8 @@ def _fact(group: RunGroup) -> str:
     if failed := sum(number(row, "grader/failed") or 0.0 for run in seeds for row in run.train):
         parts.append(f"{failed:,.6g} failed grades, left out")
     unfinished = sum(run.summary is None for run in seeds)
-    parts.append(
-        f"{unfinished} not finished" if 0 < unfinished < len(seeds) else "not " * (unfinished > 0) + "finished"
-    )
+    some = f"{unfinished} of them " if 0 < unfinished < len(seeds) else ""
+    parts.append(f"{some}not finished" if unfinished else "finished")
     return f"<b>{html.escape(group.label)}</b> · " + " · ".join(parts)
 
 
@@ -153,7 +152,7 @@ def _reading(groups: Sequence[RunGroup]) -> str:
     words = ["Thin lines are single steps, bold lines their moving average, markers are evaluations."]
     if several := sorted({band_words(len(group.seeds)) for group in groups if len(group.seeds) > 1}):
         words.append(
-            "Of several seeds lines are the mean, and bands and bars around it the range of the seeds (min–max) or, from "
+            "Of several seeds lines are the mean, bands and bars around it the range of the seeds (min–max) or, from "
             f"four seeds on, the 95 % t-interval of the mean (here: {'; '.join(several)}); ± is half of its width."
         )
     if len(groups) > 1:
@@ -190,10 +189,10 @@ def _headline(groups: Sequence[RunGroup]) -> str:
 
 
 def _span(groups: Sequence[RunGroup]) -> str:
-    if len(groups) > 1 or len(groups[0].seeds) > 1:
+    runs = [run for group in groups for run in group.seeds]
+    if len(runs) > 1:
         return "first → last evaluation"
-    evaluation = groups[0].seeds[0].evaluation
-    first, last = evaluation[0], evaluation[-1]
+    first, last = runs[0].evaluation[0], runs[0].evaluation[-1]
     k = number(last, "k")
     samples = f", k = {k:g}" if k is not None else ""
     return f"evaluation at step {first['step']:,} → {last['step']:,}{samples}"

@@ -73,14 +73,13 @@ def waiting_page(words: str) -> str:
 
 
 def watch(watcher: Watcher, bound: socket.socket) -> None:
-    """Serves on a bound socket until it is interrupted."""
+    """Serves on a socket that listens, until it is interrupted."""
     host, port = bound.getsockname()[:2]
     local = ipaddress.ip_address(host).is_loopback
     allowed = {f"{name}:{port}" for name in ("localhost", "127.0.0.1", host)} if local else None
     with _Server(bound.getsockname(), _handler(watcher, allowed), bind_and_activate=False) as server:
         server.socket.close()
         server.socket = bound
-        server.server_activate()
         server.serve_forever()
 
 

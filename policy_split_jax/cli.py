@@ -11,6 +11,7 @@ from typing import Any
 import policy_split_jax
 from policy_split_jax.errors import UserError
 
+_RUN_HELP = "PATH, or LABEL=PATH,PATH,... for runs that differ in their seed alone"
 _MODES = ("normal", "high-entropy", "both")
 # A file system on a network may be back at the next try, which the launchers make after any code but 2.
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN}
@@ -314,10 +315,16 @@ def _report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser = commands.add_parser(
         "report",
         help="one HTML page about one or several runs",
-        description="Writes one self-contained HTML page about one or several runs.",
+        description="Writes one self-contained HTML page about one or several runs; with --watch serves it instead, "
+        "and renews it as the runs go on.",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=_RUN_HELP)
     parser.add_argument("--output", metavar="FILE", help="page to write (default: report.html in the first run)")
+    parser.add_argument("--watch", action="store_true", help="serve the page, and renew it as the runs go on")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="of --watch; others than this machine may read with 0.0.0.0"
+    )
+    parser.add_argument("--port", type=_port, default=8765, help="of --watch (default 8765; 0 takes a free one)")
 
 
 def _plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -398,9 +405,7 @@ def _compare_curves(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description="Lays the curves of runs over each other: folders of this trainer, JSONL and console logs of "
         "verl's, exports of W&B or TensorBoard. The first is what the others are measured against.",
     )
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="PATH, or LABEL=PATH,PATH,... for runs that differ in their seed alone"
-    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=_RUN_HELP)
     parser.add_argument("--names", metavar="FILE", help="YAML with lines of `their name: our name`")
     _output_option(parser, "compare-curves.html")
 

@@ -246,11 +246,23 @@ def _bind(bound: socket.socket, host: str, port: int) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    """`policy-split report RUN [RUN …]`."""
+    """`policy-split report RUN [RUN …]`, RUN a path or LABEL=PATH,PATH,…"""
+    from policy_split_jax.report.groups import parse_named
     from policy_split_jax.report.page import write_report
+    from policy_split_jax.report.watch import Watcher, watch
 
-    runs = [Path(run) for run in options.runs]
-    print(write_report(runs, Path(options.output) if options.output else runs[0] / "report.html"))
+    runs = [parse_named(run) for run in options.runs]
+    if not options.watch:
+        print(write_report(runs, Path(options.output or Path(runs[0].paths[0]) / "report.html")))
+        return
+    if options.output:
+        raise UserError("--output and --watch exclude each other: what is watched is served and not written")
+    with socket.socket() as bound:
+        _bind(bound, options.host, options.port)
+        bound.listen()
+        host, port = bound.getsockname()[:2]
+        print(f"report at http://{host}:{port}/; Ctrl-C ends", flush=True)
+        watch(Watcher(runs), bound)
 
 
 def plan(options: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from policy_split_jax.model import huggingface
 from policy_split_jax.model.qwen3 import Params, Qwen3Config
 from policy_split_jax.modes import ModePrompts, decode_response
 from policy_split_jax.padding import TokenRow
+from policy_split_jax.serving.text import TextStream
 
 PROMPTS_FILE = "policy_split.json"
 """Beside a model's own files: the prompts that its modes were trained with."""
@@ -36,6 +37,11 @@ class Policy:
     def with_prompts(self, **changes: Any) -> "Policy":
         """The same policy with some of its `ModePrompts` replaced."""
         return replace(self, prompts=replace(self.prompts, **changes))
+
+    def pieces(self, tokens: TokenRow) -> list[str]:
+        """What each token adds to a text, stop tokens spelt out; empty until the last token of a character."""
+        stream = TextStream(self.tokenizer, stop_ids=(), stops=())
+        return [stream.add([int(token)], last=False).text for token in tokens]
 
 
 def model_folder(path: str) -> Path:

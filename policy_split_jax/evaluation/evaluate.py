@@ -20,6 +20,7 @@ from policy_split_jax.model import qwen3
 from policy_split_jax.model.sharding import batch_shards, compiler_options, replicated
 from policy_split_jax.modes import HIGH_ENTROPY, MODE_NAMES, NORMAL
 from policy_split_jax.objective.scorer import TokenScores, score_rollouts
+from policy_split_jax.padding import TokenRow
 from policy_split_jax.policy import Policy
 from policy_split_jax.rewards import Grade, GraderPool
 from policy_split_jax.rollouts import Graded, Group, Progress, grade_groups, no_progress, sample_groups
@@ -30,6 +31,9 @@ from policy_split_jax.training.collate import make_batch
 
 CORRECT = 0.5
 """A reward above this counts as a right answer."""
+
+TOKENS_KEPT = 512
+"""Of a scored sample, how many tokens' figures are written at most: some 10 kB."""
 
 _BOTH = len(MODE_NAMES)
 """Stands where a mode would, for the rollouts of both together: twice as many as one mode has."""
@@ -266,13 +270,12 @@ def _own_tokens(group: Group, mode: int, width: int) -> Bool[np.ndarray, "G T"]:
     return (np.arange(width) < sizes[:, None]) & own[:, None]
 
 
-def sample_rows(groups: Sequence[Group], scores: Sequence[GroupScores] | None = None) -> list[Row_]:
-    """Rollouts as rows of samples.jsonl; with the mean entropy of each where it was scored."""
+def sample_rows(groups: Sequence[Group]) -> list[Row_]:
+    """Rollouts as rows of samples.jsonl."""
     rows = []
-    for at, group in enumerate(groups):
+    for group in groups:
         counts = dict.fromkeys(group.modes, 0)
         for index, (rollout, mode) in enumerate(zip(group.rollouts, group.modes, strict=True)):
-            own = None if scores is None else scores[at].entropy[mode, index, : len(rollout.tokens)]
             rows.append(
                 {
                     "question": group.row.question,
@@ -282,11 +285,42 @@ def sample_rows(groups: Sequence[Group], scores: Sequence[GroupScores] | None = 
                     "reward": group.grades[index].score,
                     "grader_error": group.grades[index].error,
                     "finish_reason": rollout.finish_reason,
-                    "entropy": None if own is None else float(own.mean()),
+                    "entropy": None,
                 }
             )
             counts[mode] += 1
     return rows
+
+
+def scored_sample_rows(
+    groups: Sequence[Group], scores: Sequence[GroupScores], pieces: Callable[[TokenRow], list[str]]
+) -> list[Row_]:
+    """The same of rollouts that were scored, with their mean entropy and with what the scores say token by token.
+
+    `pieces` gives each token's text. `tokens` holds the texts of at most TOKENS_KEPT tokens, half of them from the
+    beginning and half from the end, their entropies in the mode that sampled and its KL to the other mode (nats), and
+    how many tokens were `left_out` between the two halves.
+    """
+    places = [(at, index) for at, group in enumerate(groups) for index in range(len(group.rollouts))]
+    rows = sample_rows(groups)
+    for row, (at, index) in zip(rows, places, strict=True):
+        mode, tokens = groups[at].modes[index], groups[at].rollouts[index].tokens
+        entropy, kl = (values[mode, index, : len(tokens)] for values in (scores[at].entropy, scores[at].kl))
+        row["entropy"] = float(entropy.mean())
+        parts = _kept(len(tokens))
+        row["tokens"] = {
+            "text": [piece for part in parts for piece in pieces(tokens[part])],
+            "entropy": [round(float(value), 3) for part in parts for value in entropy[part]],
+            "kl": [round(float(value), 3) for part in parts for value in kl[part]],
+            "left_out": max(0, len(tokens) - TOKENS_KEPT),
+        }
+    return rows
+
+
+def _kept(tokens: int) -> list[slice]:
+    """Of so many tokens, the parts that are kept."""
+    half = TOKENS_KEPT // 2
+    return [slice(tokens)] if tokens <= TOKENS_KEPT else [slice(half), slice(tokens - half, tokens)]
 
 
 def evaluation_metrics(groups: Sequence[Graded], tokens: Sequence[TokenSums], k: int) -> Row_:

@@ -2,61 +2,24 @@
 
 import html
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from policy_split_jax.errors import UserError
-from policy_split_jax.files import whole_file
 from policy_split_jax.parity.logs import Curves, read_curves
 from policy_split_jax.parity.names import to_common
-from policy_split_jax.report.charts import DASHES, Chart, axes_layout
-from policy_split_jax.report.page import charts_section, content_policy, embedded_json, resource
+from policy_split_jax.report.charts import DASHES, Chart, axes_layout, band_trace
+from policy_split_jax.report.frame import charts_section, frame, write_page
+from policy_split_jax.report.groups import Average, average_of_seeds, band_words, parse_named, told_apart
 
 COLOURS = ("#2f9e8f", "#8b6bb1", "#c4603c", "#b3a43c", "#5b7fa6", "#c2679a")
 """Of the groups; none is a mode's."""
 ORDER = ("reward", "accuracy", "entropy", "kl", "response_length", "loss", "grad_norm")
-T_INTERVAL_SEEDS = 4
-"""From so many seeds on a band is a t-interval."""
 COLUMNS = ("common steps", "mean |difference|", "largest difference", "relative difference", "last tenth")
-
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="$policy">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>$title</title>
-<style>$style</style>
-</head>
-<body>
-<header>
-<h1>$title</h1>
-$facts
-<p class="muted reading">
-Lines are means over seeds at the steps that all of them have; the legend says what a band is.
-</p>
-</header>
-<main>
-<h2>Distances from $first</h2>
-$distances
-<noscript><p class="card">The charts need JavaScript; it is all inside this file, nothing is loaded.</p></noscript>
-$charts
-$unshared
-</main>
-<script type="application/json" id="chart-data">$data</script>
-<script>$plotly</script>
-<script>$script</script>
-</body>
-</html>
-""")
 
 
 @dataclass(frozen=True)
@@ -65,16 +28,6 @@ class Group:
 
     label: str
     seeds: tuple[Curves, ...]
-
-
-@dataclass(frozen=True)
-class Average:
-    """A metric of a group at the steps that all of its seeds have."""
-
-    steps: Int[np.ndarray, "n"]
-    mean: Float[np.ndarray, "n"]
-    low: Float[np.ndarray, "n"]
-    high: Float[np.ndarray, "n"]
 
 
 @dataclass(frozen=True)
@@ -98,32 +51,14 @@ def parse_group(text: str, names: Mapping[str, str] | None = None) -> Group:
     Raises:
       UserError: an empty label or path, or one that cannot be read.
     """
-    label, equals, paths = text.partition("=")
-    if not equals or os.path.exists(text):
-        seed = read_curves(text)
-        return Group(seed.name, (to_common(seed, names),))
-    if not label.strip() or not all(path.strip() for path in paths.split(",")):
-        raise UserError(f"{text!r}: has an empty label or path; write LABEL=PATH or LABEL=PATH,PATH")
-    return Group(label.strip(), tuple(to_common(read_curves(path.strip()), names) for path in paths.split(",")))
+    label, paths = parse_named(text)
+    seeds = tuple(to_common(read_curves(path), names) for path in paths)
+    return Group(label or seeds[0].name, seeds)
 
 
 def average(group: Group, metric: str) -> Average | None:
-    """Mean and band; None where the seeds have no step of this metric in common.
-
-    The band spans the seeds, or from four seeds on is the 95 % t-interval of the mean.
-    """
-    seeds = [dict(seed.metrics.get(metric, ())) for seed in group.seeds]
-    steps = sorted(set(seeds[0]).intersection(*seeds[1:]))
-    if not steps:
-        return None
-    values = np.array([[seed[step] for step in steps] for seed in seeds])
-    mean = values.mean(axis=0)
-    if len(seeds) < T_INTERVAL_SEEDS:
-        return Average(np.array(steps), mean, values.min(axis=0), values.max(axis=0))
-    from scipy.special import stdtrit
-
-    half = float(stdtrit(len(seeds) - 1, 0.975)) * values.std(axis=0, ddof=1) / math.sqrt(len(seeds))
-    return Average(np.array(steps), mean, mean - half, mean + half)
+    """Mean and band of a metric; None where the seeds have no step of it in common."""
+    return average_of_seeds([dict(seed.metrics.get(metric, ())) for seed in group.seeds])
 
 
 def distance(first: Average, other: Average) -> Distance | None:
@@ -149,33 +84,23 @@ def write_curves(groups: Sequence[Group], output: Path) -> Path:
     Raises:
       UserError: fewer than two groups, or no metric that two of them share.
     """
-    page = render(groups)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(output, errors="replace") as file:
-        file.write(page)
-    return output
+    return write_page(render(groups), output)
 
 
 def render(groups: Sequence[Group]) -> str:
     """The whole page."""
-    from plotly.offline import get_plotlyjs
-
-    groups = _told_apart(groups)
+    labels = told_apart([group.label for group in groups])
+    groups = [Group(label, group.seeds) for label, group in zip(labels, groups, strict=True)]
     shared = shared_averages(groups)
     charts = build_charts(groups, shared)
-    plotly, script = get_plotlyjs(), resource("page.js")
-    return _PAGE.substitute(
-        policy=content_policy(plotly, script),
-        title=html.escape(f"Policy Split · curves of {' and '.join(group.label for group in groups)}"),
-        style=_style(),
-        facts=_facts(groups),
-        first=html.escape(groups[0].label),
-        distances=_table(groups, shared),
-        charts=charts_section("Curves", charts),
-        unshared=_unshared(groups, shared),
-        data=embedded_json([{"slug": chart.slug, "data": chart.data, "layout": chart.layout} for chart in charts]),
-        plotly=plotly,
-        script=script,
+    reading = "Lines are means over seeds at the steps that all of them have; the legend says what a band is."
+    return frame(
+        f"curves of {' and '.join(labels)}",
+        f'{_facts(groups)}<p class="muted reading">{reading}</p>',
+        f"<h2>Distances from {html.escape(labels[0])}</h2>{_table(groups, shared)}\n"
+        f"{charts_section('Curves', charts)}\n{_unshared(groups, shared)}",
+        charts=charts,
+        scripts=["page.js"],
     )
 
 
@@ -201,27 +126,10 @@ def build_charts(groups: Sequence[Group], shared: Mapping[str, Sequence[Average 
     return [_chart(f"curve-{index}", metric, groups, found) for index, (metric, found) in enumerate(shared.items())]
 
 
-def band_words(seeds: int) -> str:
-    """What a band over so many seeds is; empty for one seed, which has none."""
-    if seeds == 1:
-        return ""
-    return f"{seeds} seeds, {'min–max' if seeds < T_INTERVAL_SEEDS else '95 % t-interval'}"
-
-
 def _rank(metric: str) -> tuple[int, str, bool]:
     name = metric.removeprefix("eval/")
     kind = name.partition("/")[0]
     return ORDER.index(kind) if kind in ORDER else len(ORDER), name, name != metric
-
-
-def _told_apart(groups: Sequence[Group]) -> list[Group]:
-    """With labels that differ: a second of the same label is numbered."""
-    labels = [group.label for group in groups]
-    counts = [labels[: index + 1].count(label) for index, label in enumerate(labels)]
-    return [
-        Group(f"{group.label} ({count})" if count > 1 else group.label, group.seeds)
-        for group, count in zip(groups, counts, strict=True)
-    ]
 
 
 def _chart(slug: str, metric: str, groups: Sequence[Group], found: Sequence[Average | None]) -> Chart:
@@ -245,11 +153,7 @@ def _traces(index: int, group: Group, each: Average) -> list[dict[str, Any]]:
     # Few points are evaluations, and one makes no line.
     mode = "lines" if len(steps) > 30 else "lines+markers"
     line = common | {"x": steps, "y": means, "mode": mode, "line": pen, "showlegend": True}
-    if not several:
-        return [line]
-    outline = {"x": steps + steps[::-1], "y": each.high.tolist() + each.low.tolist()[::-1], "mode": "lines"}
-    area = {"fill": "toself", "fillcolor": colour, "opacity": 0.18, "line": {"width": 0, "color": colour}}
-    return [common | outline | area | {"hoverinfo": "skip", "showlegend": False}, line]
+    return [common | band_trace(each, colour), line] if several else [line]
 
 
 def _in_words(groups: Sequence[Group], found: Sequence[Average | None]) -> str:
@@ -265,11 +169,6 @@ def _distances(found: Sequence[Average | None]) -> list[Distance | None]:
     """Of each group but the first."""
     first = found[0]
     return [None if first is None or other is None else distance(first, other) for other in found[1:]]
-
-
-def _style() -> str:
-    """The report's, so that the two pages look the same."""
-    return resource("template.html").partition("<style>")[2].partition("</style>")[0]
 
 
 def _facts(groups: Sequence[Group]) -> str:

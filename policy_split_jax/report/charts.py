@@ -1,7 +1,8 @@
 """The report's charts as plain plotly.js data and layout, from the rows of the runs.
 
 The two modes have the same two colours everywhere, told apart with any kind of colour vision; runs differ by
-dash and marker. A chart whose keys appear in no run is left out.
+dash and marker, and the page has one key of them. Seeds of one run are drawn as their mean with a band. A chart whose
+keys appear in no run is left out.
 """
 
 import html
@@ -10,13 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from policy_split_jax.report.runs import Row, Run, number
+from policy_split_jax.report.groups import Average, RunGroup, average_of_seeds
+from policy_split_jax.report.runs import Row, Run, number, series
 
 NORMAL_COLOUR = "#3b6fb6"
 HIGH_ENTROPY_COLOUR = "#d9762b"
 BOTH_COLOUR = "#7c8694"
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
+NOISY_RUNS = 3
+"""With more runs than that on a page single steps are not drawn."""
 PHASES = {
     "rollout": "#2f9e8f",
     "reward": "#b3a43c",
@@ -177,61 +181,61 @@ HEALTH = (
 )
 
 
-def build_charts(runs: Sequence[Run]) -> list[tuple[str, list[Chart]]]:
+def build_charts(groups: Sequence[RunGroup]) -> list[tuple[str, list[Chart]]]:
     """The sections of the report with their charts; a section without charts is left out."""
-    outcome = [step_chart(panel, runs) for panel in OUTCOME]
-    outcome.insert(1, pass_at_k_chart(runs))
+    outcome = [step_chart(panel, groups) for panel in OUTCOME]
+    outcome.insert(1, pass_at_k_chart(groups))
     sections = [
         ("What was learned", outcome),
-        ("The split", [step_chart(panel, runs) for panel in SPLIT]),
-        ("Health of the training", [step_chart(panel, runs) for panel in HEALTH]),
-        ("Time", [time_chart(runs)]),
+        ("The split", [step_chart(panel, groups) for panel in SPLIT]),
+        ("Health of the training", [step_chart(panel, groups) for panel in HEALTH]),
+        ("Time", [time_chart([run for group in groups for run in group.seeds])]),
     ]
     drawn = [(title, [chart for chart in charts if chart]) for title, charts in sections]
     return [(title, charts) for title, charts in drawn if charts]
 
 
-def step_chart(panel: Panel, runs: Sequence[Run]) -> Chart | None:
-    """Training as thin lines of every step under smooth ones, evaluation as markers; None without values."""
+def step_chart(panel: Panel, groups: Sequence[RunGroup]) -> Chart | None:
+    """Training as smooth lines, over thin ones of every step; evaluation as markers; None without values."""
     data: list[dict[str, Any]] = []
     words: list[str] = []
-    for index, run in enumerate(runs):
+    for index, group in enumerate(groups):
         for line in panel.lines:
-            name = _label(line.label, run, runs)
-            traces = _line_traces(line, run, index, name, panel.noisy)
+            name = _label(line.label, group, groups)
+            traces = _line_traces(line, group, index, name, panel.noisy, len(groups))
             data += traces
             words += [_in_words(name, traces)] if traces else []
     if not data:
         return None
-    # The noise goes underneath.
+    # Noise and bands go underneath.
     data.sort(key=lambda trace: "opacity" not in trace)
-    named = sum(trace["showlegend"] for trace in data) > 1
-    layout = axes_layout("step", panel.unit, legend=named)
+    named = _legend(data, panel.lines, len(groups))
+    layout = axes_layout("step", panel.unit, legend=named > 1)
     return Chart(panel.slug, panel.title, panel.look_for, data, layout, "; ".join(words), panel.log)
 
 
-def pass_at_k_chart(runs: Sequence[Run]) -> Chart | None:
-    """pass@k over k at the last evaluation of each run, and at the first where there is only one run."""
+def pass_at_k_chart(groups: Sequence[RunGroup]) -> Chart | None:
+    """pass@k over k at the last evaluation of each run, and at the first where nothing else is on the page."""
+    lines = modes("pass", both=True)
     data: list[dict[str, Any]] = []
     words: list[str] = []
-    for index, run in enumerate(runs):
-        first = run.evaluation[:1] if len(runs) == 1 and len(run.evaluation) > 1 else []
-        for line in modes("pass", both=True):
-            who = line.key.removeprefix("pass/")
-            for row in first:
-                faint = {"opacity": 0.55, "showlegend": False}
-                name = f"{line.label}, step {row['step']}"
-                data += [trace | faint for trace in _pass_trace(row, who, line.colour, name, "dot")]
-            for row in run.evaluation[-1:]:
-                name = f"{_label(line.label, run, runs)}, step {row['step']}"
-                traces = _pass_trace(row, who, line.colour, name, DASHES[index % len(DASHES)])
-                data += traces
-                words += [_in_words(name, traces)] if traces else []
+    for index, group in enumerate(groups):
+        evaluated = [seed.evaluation for seed in group.seeds if seed.evaluation]
+        if len(groups) == 1 and all(len(rows) > 1 for rows in evaluated):
+            first = [trace for line in lines for trace in _pass_traces(line, evaluated, 0, 0, line.label, "dot")]
+            data += [trace | {"opacity": 0.55, "showlegend": False} for trace in first]
+        for line in lines:
+            name = _label(line.label, group, groups)
+            traces = _pass_traces(line, evaluated, -1, index, name, DASHES[index % len(DASHES)])
+            data += traces
+            words += [_in_words(traces[-1]["name"], traces)] if traces else []
     if not data:
         return None
+    _legend(data, lines, len(groups))
     layout = axes_layout("samples per question, k", "share solved", legend=True)
-    layout["xaxis"] |= {"type": "log", "tickvals": _powers_of_two(max(max(trace["x"]) for trace in data))}
-    look_for = "Both together should overtake the normal mode as k grows. Dotted: the first evaluation."
+    layout["xaxis"] |= {"type": "log", "tickvals": _powers_of_two(max(max(t["x"]) for t in data if t["x"] != [None]))}
+    dotted = " Dotted: the first evaluation." if len(groups) == 1 else ""
+    look_for = f"Both together should overtake the normal mode as k grows.{dotted}"
     return Chart("pass-at-k", "Pass@k", look_for, data, layout, "; ".join(words))
 
 
@@ -263,53 +267,109 @@ def smooth(values: Sequence[float]) -> list[float]:
     return result
 
 
-def series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the rows that have a number under this key."""
-    pairs = [(row["step"], value) for row in rows if (value := number(row, key)) is not None]
-    return [step for step, _ in pairs], [value for _, value in pairs]
+def band_trace(each: Average, colour: str) -> dict[str, Any]:
+    """The band as a plain area of plotly's, without a legend."""
+    steps = each.steps.tolist()
+    return {
+        "type": "scatter",
+        "x": steps + steps[::-1],
+        "y": rounded(each.high.tolist() + each.low.tolist()[::-1]),
+        "mode": "lines",
+        "fill": "toself",
+        "fillcolor": colour,
+        "opacity": 0.18,
+        "line": {"width": 0, "color": colour},
+        "hoverinfo": "skip",
+        "showlegend": False,
+    }
 
 
-def _line_traces(line: Line, run: Run, index: int, name: str, noisy: bool) -> list[dict[str, Any]]:
-    steps, values = series(run.train, line.key)
-    smoothed = smooth(values) if noisy else values
-    common = {"type": "scatter", "legendgroup": f"{index}/{line.key}", "name": name}
+def error_bars(each: Average) -> dict[str, Any]:
+    """The band as plotly's error bars."""
+    above, below = (each.high - each.mean).tolist(), (each.mean - each.low).tolist()
+    return {"type": "data", "symmetric": False, "array": rounded(above), "arrayminus": rounded(below), "thickness": 1}
+
+
+def _line_traces(line: Line, group: RunGroup, index: int, name: str, noisy: bool, groups: int) -> list[dict[str, Any]]:
+    """Of a group's training and evaluations; `meta` tells the page whose they are."""
+    common = {"type": "scatter", "legendgroup": line.key, "name": name, "meta": index}
     pen = {"color": line.colour, "dash": DASHES[index % len(DASHES)]}
+    several = len(group.seeds) > 1
     traces: list[dict[str, Any]] = []
-    if smoothed != values:
-        thin = {"color": line.colour, "width": 1}
-        raw = {"x": steps, "y": _rounded(values), "mode": "lines", "line": thin, "opacity": 0.28}
-        traces.append(common | raw | {"hoverinfo": "skip", "showlegend": False})
-    if values:
+    raw = group.average(lambda run: run.train, line.key)
+    trained = group.average(lambda run: run.train, line.key, smooth) if noisy else raw
+    if raw and trained:
+        steps, values = trained.steps.tolist(), trained.mean.tolist()
+        if several:
+            traces.append(common | band_trace(trained, line.colour))
+        elif values != raw.mean.tolist() and groups <= NOISY_RUNS:
+            thin = {"color": line.colour, "width": 1}
+            noise = {"x": steps, "y": rounded(raw.mean.tolist()), "mode": "lines", "line": thin, "opacity": 0.28}
+            traces.append(common | noise | {"hoverinfo": "skip", "showlegend": False})
         # One point makes no line.
         mode = "lines" if len(values) > 1 else "lines+markers"
-        bold = {"x": steps, "y": _rounded(smoothed), "mode": mode, "line": pen | {"width": 2.4}}
+        bold = {"x": steps, "y": rounded(values), "mode": mode, "line": pen | {"width": 2.4}}
         traces.append(common | bold | {"showlegend": True})
-    steps, values = series(run.evaluation, line.key)
-    if values:
+    evaluated = group.average(lambda run: run.evaluation, line.key)
+    if evaluated:
         marker = {"color": line.colour, "size": 9, "symbol": SYMBOLS[index % len(SYMBOLS)]}
-        points = {"x": steps, "y": _rounded(values), "mode": "lines+markers", "marker": marker}
-        thin = {"line": pen | {"width": 1, "dash": "dot"}, "name": f"{name}, evaluation"}
-        traces.append(common | points | thin | {"showlegend": not traces})
+        points = {"x": evaluated.steps.tolist(), "y": rounded(evaluated.mean.tolist()), "mode": "lines+markers"}
+        thin = {"line": pen | {"width": 1, "dash": "dot"}, "name": f"{name}, evaluation", "marker": marker}
+        bars = {"error_y": error_bars(evaluated)} if several else {}
+        traces.append(common | points | thin | bars | {"showlegend": not traces})
     return traces
 
 
-def _pass_trace(row: Row, who: str, colour: str, name: str, dash: str) -> list[dict[str, Any]]:
-    keys = {int(match[1]): key for key in row if (match := re.fullmatch(rf"pass@(\d{{1,6}})/{who}", key))}
-    points = [(k, value) for k in sorted(keys) if (value := number(row, keys[k])) is not None]
-    if not points:
-        return []
-    return [
+def _legend(data: list[dict[str, Any]], lines: Sequence[Line], groups: int) -> int:
+    """With several runs the legend names the lines alone: the page has a key of runs. How many entries there are."""
+    if groups == 1:
+        return sum(trace["showlegend"] for trace in data)
+    present = {trace["legendgroup"] for trace in data}
+    for trace in data:
+        trace["showlegend"] = False
+    entries = [line for line in lines if line.key in present]
+    data += [
         {
             "type": "scatter",
-            "mode": "lines+markers",
-            "name": name,
-            "x": [k for k, _ in points],
-            "y": _rounded([value for _, value in points]),
-            "line": {"color": colour, "dash": dash, "width": 2.4},
-            "marker": {"color": colour, "size": 7},
+            "x": [None],
+            "y": [None],
+            "mode": "lines",
+            "name": line.label,
+            "legendgroup": line.key,
+            "line": {"color": line.colour, "width": 2.4},
             "showlegend": True,
         }
+        for line in entries
     ]
+    return len(entries)
+
+
+def _pass_traces(
+    line: Line, evaluated: Sequence[Sequence[Row]], at: int, index: int, name: str, dash: str
+) -> list[dict[str, Any]]:
+    """pass@k of the first (`at` 0) or last (−1) evaluations of a group's seeds."""
+    rows = [seed[at] for seed in evaluated]
+    found = average_of_seeds([_pass_by_k(row, line.key.removeprefix("pass/")) for row in rows]) if rows else None
+    if found is None:
+        return []
+    trace = {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": f"{name}, step {rows[0]['step']}",
+        "legendgroup": line.key,
+        "meta": index,
+        "x": found.steps.tolist(),
+        "y": rounded(found.mean.tolist()),
+        "line": {"color": line.colour, "dash": dash, "width": 2.4},
+        "marker": {"color": line.colour, "size": 7, "symbol": SYMBOLS[index % len(SYMBOLS)]},
+        "showlegend": True,
+    }
+    return [trace | ({"error_y": error_bars(found)} if len(rows) > 1 else {})]
+
+
+def _pass_by_k(row: Row, who: str) -> dict[int, float]:
+    keys = {int(match[1]): key for key in row if (match := re.fullmatch(rf"pass@(\d{{1,6}})/{who}", key))}
+    return {k: value for k in keys if (value := number(row, keys[k])) is not None}
 
 
 def _powers_of_two(highest: int) -> list[int]:
@@ -324,7 +384,7 @@ def _phases_over_steps(run: Run) -> list[dict[str, Any]]:
             seconds = [number(row, f"time/{phase}") or 0.0 for row in run.train]
             area = {"type": "scatter", "mode": "lines", "stackgroup": "phases", "fillcolor": colour}
             style = {"line": {"width": 0, "color": colour}, "name": phase, "showlegend": True}
-            traces.append(area | style | {"x": steps, "y": _rounded(seconds)})
+            traces.append(area | style | {"x": steps, "y": rounded(seconds)})
     return traces
 
 
@@ -334,7 +394,7 @@ def _phases_by_run(runs: Sequence[Run]) -> list[dict[str, Any]]:
         totals = [sum(series(run.train, f"time/{phase}")[1]) / max(1, len(run.train)) for run in runs]
         if any(totals):
             bar = {"type": "bar", "name": phase, "marker": {"color": colour}, "showlegend": True}
-            traces.append(bar | {"x": [html.escape(run.name) for run in runs], "y": _rounded(totals)})
+            traces.append(bar | {"x": [html.escape(run.name) for run in runs], "y": rounded(totals)})
     return traces
 
 
@@ -350,9 +410,9 @@ def axes_layout(x: str, y: str, legend: bool) -> dict[str, Any]:
     }
 
 
-def _label(label: str, run: Run, runs: Sequence[Run]) -> str:
+def _label(label: str, group: RunGroup, groups: Sequence[RunGroup]) -> str:
     # plotly.js reads markup in names; a folder may be called anything.
-    return label if len(runs) == 1 else f"{label} · {html.escape(run.name)}"
+    return label if len(groups) == 1 else f"{label} · {html.escape(group.legend)}"
 
 
 def _in_words(name: str, traces: Sequence[dict[str, Any]]) -> str:
@@ -360,6 +420,6 @@ def _in_words(name: str, traces: Sequence[dict[str, Any]]) -> str:
     return f"{html.unescape(name)}: from {values[0]:.3g} to {values[-1]:.3g}"
 
 
-def _rounded(values: Sequence[float]) -> list[float]:
+def rounded(values: Sequence[float]) -> list[float]:
     """Six significant digits: more than a screen shows, and a third of the page's size."""
     return [float(f"{value:.6g}") for value in values]

@@ -1,30 +1,22 @@
-"""Writes the report: one HTML file that loads nothing and so can be mailed, archived and opened anywhere.
+"""The report: one page about a run, or several beside each other."""
 
-Everything that comes from a run (texts of the model, names, configuration) is escaped. As a second barrier
-the page carries a content security policy that allows its own two scripts by their hash, and no other script,
-image or request.
-"""
-
-import base64
-import hashlib
 import html
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from string import Template
-from typing import Any
 
-from policy_split_jax.files import whole_file
 from policy_split_jax.modes import MODE_NAMES
-from policy_split_jax.report.charts import Chart, build_charts
-from policy_split_jax.report.runs import Row, Run, number, read_runs
+from policy_split_jax.report.charts import DASHES, SYMBOLS, build_charts
+from policy_split_jax.report.frame import chart_card, charts_section, frame, resource, write_page
+from policy_split_jax.report.glance import glance_chart, split_of, verdict
+from policy_split_jax.report.groups import Named, RunGroup, average_of_seeds, band_words, read_groups
+from policy_split_jax.report.runs import Row, number
+from policy_split_jax.report.samples import rollout_data
 
 SIDES = {"normal": "normal mode", "high_entropy": "high-entropy mode", "both": "both together"}
-QUESTIONS_SHOWN = 12
-ANSWERS_SHOWN = 8
-CHARACTERS_SHOWN = 6000
+DASH_PATTERNS = dict(zip(DASHES, ("", "7,4", "2,3", "7,3,2,3", "12,4", "12,4,2,4"), strict=True))
+SIGNS = dict(zip(SYMBOLS, "●■◆▲✚✖", strict=True))
 
 
 @dataclass(frozen=True)
@@ -35,6 +27,14 @@ class Headline:
     note: str
     keys: dict[str, str]
     percent: bool = False
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean over seeds; half of the band's width where there are several."""
+
+    mean: float
+    half: float | None
 
 
 def _each_side(prefix: str, *sides: str) -> dict[str, str]:
@@ -54,78 +54,89 @@ HEADLINES = (
 )
 
 
-def write_report(runs: Sequence[Path], output: Path) -> Path:
-    """Writes the page about these run folders to `output` and returns its path.
+def write_report(runs: Sequence[Named], output: Path) -> Path:
+    """Writes the page about these runs, or groups of seeds, to `output` and returns its path.
 
     Raises:
       UserError: a folder has no metrics.jsonl, or a file holds a malformed line.
     """
-    page = render(read_runs(runs))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # Lone surrogates can come out of a tokenizer, and have no UTF-8.
-    with whole_file(output, errors="replace") as file:
-        file.write(page)
-    return output
+    return write_page(render(read_groups(runs)), output)
 
 
-def render(runs: Sequence[Run]) -> str:
-    """The whole page."""
-    from plotly.offline import get_plotlyjs
-
-    plotly = get_plotlyjs()
-    script = resource("page.js")
-    sections = build_charts(runs)
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
-    return Template(resource("template.html")).substitute(
-        policy=content_policy(plotly, script),
-        title=html.escape(f"Policy Split · {title}"),
-        facts=_facts(runs),
-        headline=_headline(runs),
-        charts="\n".join(charts_section(heading, charts) for heading, charts in sections)
-        or '<p class="muted">No training step has been recorded yet, so there are no charts.</p>',
-        samples=_samples(runs),
-        details=_details(runs),
-        data=embedded_json(
-            [{"slug": c.slug, "data": c.data, "layout": c.layout} for _, group in sections for c in group]
-        ),
-        plotly=plotly,
-        script=script,
+def render(groups: Sequence[RunGroup], watched: bool = False) -> str:
+    """The whole page; one that is `watched` renews itself from the server that it came from."""
+    sections = build_charts(groups)
+    glance = glance_chart(groups)
+    none = '<p class="muted">No training step has been recorded yet, so there are no charts.</p>'
+    main = {
+        "verdict": f"<h2>The split at a glance</h2>{_verdicts(groups)}",
+        "glance": f'<div class="glance">{chart_card(glance)}</div>' if glance else "",
+        "headline": f"<h2>Start → end</h2>{_headline(groups)}",
+        "charts": "\n".join(charts_section(heading, charts) for heading, charts in sections) or none,
+        "rollouts": resource("rollouts.html"),
+        "details": _details(groups),
+    }
+    return frame(
+        title_of(groups),
+        watch_line(watched) + live("facts", _facts(groups)) + _reading(groups),
+        "\n".join(text if name == "rollouts" else live(name, text) for name, text in main.items()),
+        charts=[*([glance] if glance else []), *(chart for _, drawn in sections for chart in drawn)],
+        scripts=["page.js", "rollouts.js", *(["watch.js"] if watched else [])],
+        data={"rollout-data": rollout_data(groups)},
     )
 
 
-def resource(name: str) -> str:
-    """A text file beside this module."""
-    return resources.files("policy_split_jax.report").joinpath(name).read_text(encoding="utf-8")
+def title_of(groups: Sequence[RunGroup]) -> str:
+    """What the page is about."""
+    return groups[0].label if len(groups) == 1 else f"{len(groups)} runs compared"
 
 
-def content_policy(*scripts: str) -> str:
-    """The Content-Security-Policy of a page that runs these scripts and loads nothing."""
-    digests = (hashlib.sha256(script.encode("utf-8")).digest() for script in scripts)
-    allowed = " ".join(f"'sha256-{base64.b64encode(digest).decode('ascii')}'" for digest in digests)
-    # plotly.js sets the styles of its elements itself, and tries out an image that it holds as data.
-    rest = "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-    return f"default-src 'none'; script-src {allowed}; {rest}"
+def watch_line(watched: bool) -> str:
+    """Says whether the server is still there."""
+    return '<p class="muted reading" id="watch-state" role="status">watching</p>' if watched else ""
 
 
-def embedded_json(value: Any) -> str:
-    """JSON that may stand inside a script element."""
-    # `</script>` or `<!--` in a name would otherwise end the element that holds the data.
-    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+def live(name: str, text: str) -> str:
+    """A part that a watched page replaces when it has changed."""
+    return f'<div data-live id="{name}">{text}</div>'
 
 
-def _facts(runs: Sequence[Run]) -> str:
-    return '<ul class="facts">' + "".join(f"<li>{_fact(run)}</li>" for run in runs) + "</ul>"
+def _facts(groups: Sequence[RunGroup]) -> str:
+    buttons = [_run_button(index, group.label) if len(groups) > 1 else "" for index, group in enumerate(groups)]
+    facts = (f"<li>{button}{_fact(group)}</li>" for button, group in zip(buttons, groups, strict=True))
+    return f'<ul class="facts">{"".join(facts)}</ul>'
 
 
-def _fact(run: Run) -> str:
-    parts = [f"training step {run.train[-1]['step']:,}" if run.train else "no training step yet"]
-    parts.append(f"{len(run.evaluation)} evaluation{'s' * (len(run.evaluation) != 1)}")
-    if seconds := sum(number(row, "time/step") or 0.0 for row in run.train):
+def _run_button(index: int, label: str) -> str:
+    """Shows how the run is drawn, and takes it out of the charts and back."""
+    pattern, sign = DASH_PATTERNS[DASHES[index % len(DASHES)]], SIGNS[SYMBOLS[index % len(SYMBOLS)]]
+    line = f'<line x1="0" y1="5" x2="38" y2="5" stroke="currentColor" stroke-width="2" stroke-dasharray="{pattern}"/>'
+    return (
+        f'<button type="button" data-run="{index}" aria-pressed="true" aria-label="Show {html.escape(label)}">'
+        f'<svg viewBox="0 0 38 10" aria-hidden="true">{line}</svg>{sign}</button>'
+    )
+
+
+def _fact(group: RunGroup) -> str:
+    seeds = group.seeds
+    parts = [band_words(len(seeds))] if len(seeds) > 1 else []
+    steps = _range([run.train[-1]["step"] for run in seeds if run.train])
+    parts.append(f"training step {steps}" if steps else "no training step yet")
+    evaluations = [len(run.evaluation) for run in seeds]
+    parts.append(f"{_range(evaluations)} evaluation{'s' * (set(evaluations) != {1})}")
+    if seconds := sum(number(row, "time/step") or 0.0 for run in seeds for row in run.train):
         parts.append(f"{_duration(seconds)} of training")
-    if failed := sum(number(row, "grader/failed") or 0.0 for row in run.train):
+    if failed := sum(number(row, "grader/failed") or 0.0 for run in seeds for row in run.train):
         parts.append(f"{failed:,.6g} failed grades, left out")
-    parts.append("finished" if run.summary is not None else "not finished")
-    return f"<b>{html.escape(run.name)}</b> · " + " · ".join(parts)
+    unfinished = sum(run.summary is None for run in seeds)
+    some = f"{unfinished} of them " if 0 < unfinished < len(seeds) else ""
+    parts.append(f"{some}not finished" if unfinished else "finished")
+    return f"<b>{html.escape(group.label)}</b> · " + " · ".join(parts)
+
+
+def _range(values: Sequence[int]) -> str:
+    low, high = min(values, default=None), max(values, default=None)
+    return "" if low is None or high is None else f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _duration(seconds: float) -> str:
@@ -135,22 +146,50 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _headline(runs: Sequence[Run]) -> str:
-    if not any(run.evaluation for run in runs):
+def _reading(groups: Sequence[RunGroup]) -> str:
+    """The key of colours, and how lines and bands are to be read."""
+    key = "".join(f'<li><i class="{side}"></i>{label}</li>' for side, label in SIDES.items())
+    words = ["Thin lines are single steps, bold lines their moving average, markers are evaluations."]
+    if several := sorted({band_words(len(group.seeds)) for group in groups if len(group.seeds) > 1}):
+        words.append(
+            "Of several seeds lines are the mean, bands and bars around it the range of the seeds (min–max) or, from "
+            f"four seeds on, the 95 % t-interval of the mean (here: {'; '.join(several)}); ± is half of its width."
+        )
+    if len(groups) > 1:
+        words.append("Runs differ by dash and marker; a run's button takes it out of the charts.")
+    return f'<ul class="key" aria-label="Colours">{key}</ul><p class="muted reading">{" ".join(words)}</p>'
+
+
+def _verdicts(groups: Sequence[RunGroup]) -> str:
+    splits = [(group, split_of(group)) for group in groups]
+    if not any(split for _, split in splits):
+        return '<p class="verdict muted">No evaluation has been recorded yet.</p>'
+    several = len(groups) > 1
+    lines = []
+    for group, split in splits:
+        name = f"<b>{html.escape(group.label)}</b>: " if several else ""
+        seeds = f' <small class="muted">(means of {len(group.seeds)} seeds)</small>' if len(group.seeds) > 1 else ""
+        lines.append(f"{name}{html.escape(verdict(split)) if split else 'No evaluation yet.'}{seeds}")
+    return "".join(f'<p class="verdict{" several" * several}">{line}</p>' for line in lines)
+
+
+def _headline(groups: Sequence[RunGroup]) -> str:
+    if not any(run.evaluation for group in groups for run in group.seeds):
         return '<p class="card muted">No evaluation has been recorded yet.</p>'
-    rows = [_headline_row(line, run, len(runs), i) for line in HEADLINES for i, run in enumerate(runs)]
-    run_column = '<th scope="col" class="run-name">run</th>' if len(runs) > 1 else ""
+    rows = [_headline_row(line, group, len(groups), i) for line in HEADLINES for i, group in enumerate(groups)]
+    run_column = '<th scope="col" class="run-name">run</th>' if len(groups) > 1 else ""
     sides = "".join(
         f'<th scope="col" class="side-name {side}-text">{html.escape(label)}</th>' for side, label in SIDES.items()
     )
     return (
         '<div class="card"><div class="scroll" tabindex="0" role="region" aria-label="Start and end">'
-        f'<table><thead><tr><th scope="col"><small>{_span(runs)}</small></th>{run_column}{sides}</tr></thead>'
+        f'<table><thead><tr><th scope="col"><small>{_span(groups)}</small></th>{run_column}{sides}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div></div>"
     )
 
 
-def _span(runs: Sequence[Run]) -> str:
+def _span(groups: Sequence[RunGroup]) -> str:
+    runs = [run for group in groups for run in group.seeds]
     if len(runs) > 1:
         return "first → last evaluation"
     first, last = runs[0].evaluation[0], runs[0].evaluation[-1]
@@ -159,147 +198,63 @@ def _span(runs: Sequence[Run]) -> str:
     return f"evaluation at step {first['step']:,} → {last['step']:,}{samples}"
 
 
-def _headline_row(line: Headline, run: Run, runs: int, index: int) -> str:
-    heading = f'<th scope="rowgroup" rowspan="{runs}">{line.title}<small>{line.note}</small></th>'
-    name = f'<td class="run">{html.escape(run.name)}</td>' if runs > 1 else ""
+def _headline_row(line: Headline, group: RunGroup, groups: int, index: int) -> str:
+    heading = f'<th scope="rowgroup" rowspan="{groups}">{line.title}<small>{line.note}</small></th>'
+    name = f'<td class="run">{html.escape(group.label)}</td>' if groups > 1 else ""
     cells = "".join(
-        f'<td data-side="{label}">{_change(run.evaluation, line.keys.get(side), line.percent)}</td>'
+        f'<td data-side="{label}">{_change(group, line.keys.get(side), line.percent)}</td>'
         for side, label in SIDES.items()
     )
     kind = ' class="same"' if index else ""
     return f"<tr{kind}>{heading if index == 0 else ''}{name}{cells}</tr>"
 
 
-def _change(rows: Sequence[Row], key: str | None, percent: bool) -> str:
+def _change(group: RunGroup, key: str | None, percent: bool) -> str:
     if key is None:
         return ""
-    first, last = (number(rows[0], key), number(rows[-1], key)) if rows else (None, None)
+    evaluated = [run.evaluation for run in group.seeds if run.evaluation]
+    first, last = (_figure([rows[at] for rows in evaluated], key) for at in (0, -1))
     if first is None and last is None:
         return '<span class="muted">—</span>'
-    if len(rows) == 1:
+    if all(len(rows) == 1 for rows in evaluated):
         return f"<b>{_value(last, percent)}</b>"
     if first is None or last is None:
         return f"{_value(first, percent)} → <b>{_value(last, percent)}</b>"
-    sign, size = "−" if last < first else "+", abs(last - first)
-    difference = f"{100 * size:.1f} points" if percent else _value(size, percent)
+    sign, size = "−" if last.mean < first.mean else "+", Figure(abs(last.mean - first.mean), None)
+    difference = f"{100 * size.mean:.1f} points" if percent else _value(size, percent)
     return f"{_value(first, percent)} → <b>{_value(last, percent)}</b><small>{sign}{difference}</small>"
 
 
-def _value(value: float | None, percent: bool) -> str:
-    if value is None:
+def _figure(rows: Sequence[Row], key: str) -> Figure | None:
+    """Of one row a seed; None where no row has the value."""
+    values = [value for row in rows if (value := number(row, key)) is not None]
+    found = average_of_seeds([{0: value} for value in values]) if values else None
+    if found is None:
+        return None
+    return Figure(float(found.mean[0]), float(found.high[0] - found.low[0]) / 2 if len(rows) > 1 else None)
+
+
+def _value(figure: Figure | None, percent: bool) -> str:
+    if figure is None:
         return "—"
-    if percent:
-        return f"{100 * value:.1f} %"
+    show = _percent if percent else _plain
+    around = "" if figure.half is None else f" ± {show(figure.half)}"
+    return f"{show(figure.mean)}{around}" + " %" * percent
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _plain(value: float) -> str:
     if 0 < abs(value) < 0.01:
         return f"{value:.2g}"
     return f"{value:,.3f}" if abs(value) < 1 else f"{value:,.2f}"
 
 
-def charts_section(heading: str, charts: Sequence[Chart]) -> str:
-    """Cards of charts under a heading."""
-    cards = "\n".join(_card(chart) for chart in charts)
-    return f'<h2>{html.escape(heading)}</h2>\n<div class="grid">\n{cards}\n</div>'
-
-
-def _card(chart: Chart) -> str:
-    title, summary = html.escape(chart.title), html.escape(f"{chart.title}. {chart.summary}")
-    button = (
-        f'<button type="button" data-chart="{chart.slug}" aria-pressed="false">log axis</button>' if chart.log else ""
-    )
-    # The legend stands above the lines, and takes a row for every entry or two.
-    height = 300 + 18 * max(0, sum(trace["showlegend"] for trace in chart.data) - 3)
-    return (
-        f'<section class="card chart" aria-labelledby="title-{chart.slug}">'
-        f'<header><h3 id="title-{chart.slug}">{title}</h3>{button}</header>'
-        f"<p>{html.escape(chart.look_for)}</p>"
-        f'<div class="plot" id="chart-{chart.slug}" role="img" style="min-height: {height}px"'
-        f' aria-label="{summary}"></div></section>'
-    )
-
-
-def _samples(runs: Sequence[Run]) -> str:
-    sets = [(label, rows) for run in runs for label, rows in _sample_sets(run, len(runs) > 1)]
-    if not sets:
-        return ""
-    options = "".join(
-        f'<option value="{i}"{" selected" * (i == len(sets) - 1)}>{html.escape(label)}</option>'
-        for i, (label, _) in enumerate(sets)
-    )
-    blocks = "\n".join(f'<div data-samples="{i}">{_questions(rows)}</div>' for i, (_, rows) in enumerate(sets))
-    return (
-        "<h2>Samples of both modes</h2>"
-        '<p class="pick"><label for="sample-choice">First and last step that were sampled:</label>'
-        f'<select id="sample-choice">{options}</select></p>\n{blocks}'
-    )
-
-
-def _sample_sets(run: Run, several: bool) -> list[tuple[str, list[Row]]]:
-    sets: dict[tuple[int, str], list[Row]] = {}
-    for row in run.samples:
-        sets.setdefault((row["step"], row["kind"]), []).append(row)
-    kinds = {"train": "training", "eval": "evaluation"}
-    name = f"{run.name} · " if several else ""
-    return [(f"{name}step {step:,} · {kinds.get(kind, kind)}", sets[step, kind]) for step, kind in sorted(sets)]
-
-
-def _questions(rows: Sequence[Row]) -> str:
-    questions: dict[str, dict[str, list[Row]]] = {}
-    for row in rows:
-        if row.get("mode") in MODE_NAMES:
-            sides = questions.setdefault(str(row.get("question", "")), {mode: [] for mode in MODE_NAMES})
-            sides[row["mode"]].append(row)
-    shown = "".join(_question(text, sides) for text, sides in list(questions.items())[:QUESTIONS_SHOWN])
-    more = len(questions) - QUESTIONS_SHOWN
-    return shown + (f'<p class="muted">{more:,} more questions are in samples.jsonl.</p>' if more > 0 else "")
-
-
-def _question(text: str, sides: dict[str, list[Row]]) -> str:
-    columns = "".join(
-        f'<div class="side {mode}"><h3>{SIDES[mode]}</h3>{_answers(sides[mode])}</div>' for mode in MODE_NAMES
-    )
-    return (
-        f'<article class="card question"><div class="asked">{_text(text)}</div>'
-        f'<div class="sides">{columns}</div></article>'
-    )
-
-
-def _answers(rows: Sequence[Row]) -> str:
-    # A resumed run writes the samples after its checkpoint again; the later one counts.
-    latest = {str(row.get("index", f"unnumbered {position}")): row for position, row in enumerate(rows)}
-    answers = list(latest.values())
-    shown = "".join(_answer(row) for row in answers[:ANSWERS_SHOWN])
-    more = len(answers) - ANSWERS_SHOWN
-    return shown + (f'<p class="muted">{more:,} more in samples.jsonl</p>' if more > 0 else "")
-
-
-def _answer(row: Row) -> str:
-    notes = [_mark(number(row, "reward"))]
-    if (entropy := number(row, "entropy")) is not None:
-        notes.append(f"<span>entropy {entropy:.2f} nats</span>")
-    if row.get("finish_reason") == "length":
-        notes.append("<span>cut off at the length limit</span>")
-    head, text = "".join(notes), _text(str(row.get("text", "")))
-    return f'<div class="answer"><div class="head">{head}</div><div class="text" tabindex="0">{text}</div></div>'
-
-
-def _mark(reward: float | None) -> str:
-    if reward is None:
-        return '<span class="mark part">? not graded</span>'
-    kind, sign = ("good", "✓") if reward >= 1 else ("part", "◐") if reward > 0 else ("bad", "✗")
-    return f'<span class="mark {kind}">{sign} reward {reward:.3g}</span>'
-
-
-def _text(text: str) -> str:
-    """Escaped; the middle of a very long text is left out, since the answer stands at the end."""
-    if len(text) > CHARACTERS_SHOWN:
-        half, cut = CHARACTERS_SHOWN // 2, len(text) - CHARACTERS_SHOWN
-        text = f"{text[:half]}\n\n[… {cut:,} characters left out …]\n\n{text[-half:]}"
-    return html.escape(text)
-
-
-def _details(runs: Sequence[Run]) -> str:
+def _details(groups: Sequence[RunGroup]) -> str:
     blocks = []
-    for run in runs:
+    for run in (run for group in groups for run in group.seeds):
         if run.config is not None:
             blocks.append(_folded(f"Configuration of {run.name}", run.config))
         if run.summary is not None:

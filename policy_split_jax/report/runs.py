@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,9 @@ from typing import Any
 from policy_split_jax.errors import UserError
 
 Row = dict[str, Any]
+
+EVALUATIONS_READ = 16
+"""Of so many evaluations the samples are read at most."""
 
 
 @dataclass(frozen=True)
@@ -24,25 +27,19 @@ class Run:
     summary: Row | None
 
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Reads every folder; runs of the same folder name are told apart by their parents' names."""
-    if not folders:
-        raise UserError("no run folder given; name at least one, for example runs/tiny")
-    return [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
-
-
 def read_run(folder: Path, name: str) -> Run:
     """Reads metrics.jsonl (required), samples.jsonl, config.yaml and summary.json (where there are any)."""
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
         raise UserError(f"{metrics} not found; give the folder of a run that `policy-split train` has started")
     rows = list(read_rows(metrics))
-    samples, config = folder / "samples.jsonl", folder / "config.yaml"
+    config = folder / "config.yaml"
+    train, evaluation = (_last_of_each_step(rows, kind) for kind in ("train", "eval"))
     return Run(
         name=name,
-        train=_last_of_each_step(rows, "train"),
-        evaluation=_last_of_each_step(rows, "eval"),
-        samples=_first_and_last_steps(read_rows(samples)) if samples.is_file() else [],
+        train=train,
+        evaluation=evaluation,
+        samples=_samples_of(folder / "samples.jsonl", train, evaluation),
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
         summary=_read_summary(folder / "summary.json"),
     )
@@ -78,6 +75,12 @@ def number(row: Row, key: str) -> float | None:
         return None
 
 
+def series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the rows that have a number under this key."""
+    pairs = [(row["step"], value) for row in rows if (value := number(row, key)) is not None]
+    return [step for step, _ in pairs], [value for _, value in pairs]
+
+
 def _checked(row: Any, path: Path, line: int) -> Row:
     if not isinstance(row, dict):
         raise UserError(f"{path}, line {line} is not a JSON object; repair or delete that line")
@@ -92,15 +95,18 @@ def _last_of_each_step(rows: Sequence[Row], kind: str) -> list[Row]:
     return [latest[step] for step in sorted(latest)]
 
 
-def _first_and_last_steps(rows: Iterable[Row]) -> list[Row]:
-    """The rows of each kind's first and last step, holding no more than that in memory."""
-    kinds: dict[str, dict[int, list[Row]]] = {}
-    for row in rows:
-        steps = kinds.setdefault(row["kind"], {})
-        steps.setdefault(row["step"], []).append(row)
-        if len(steps) > 2:
-            del steps[sorted(steps)[1]]
-    return [row for steps in kinds.values() for step in sorted(steps) for row in steps[step]]
+def _samples_of(path: Path, train: Sequence[Row], evaluation: Sequence[Row]) -> list[Row]:
+    """The samples of the first and last step, and of evaluations spread evenly from the first to the last."""
+    wanted = {("train", row["step"]) for row in (*train[:1], *train[-1:])}
+    wanted |= {("eval", row["step"]) for row in spread(evaluation, EVALUATIONS_READ)}
+    return [row for row in read_rows(path) if (row["kind"], row["step"]) in wanted] if path.is_file() else []
+
+
+def spread(values: Sequence[Any], most: int) -> list[Any]:
+    """At most so many (two or more) of the values, evenly from the first to the last."""
+    if len(values) <= most:
+        return list(values)
+    return [values[round(at * (len(values) - 1) / (most - 1))] for at in range(most)]
 
 
 def _read_summary(path: Path) -> Row | None:
@@ -111,11 +117,3 @@ def _read_summary(path: Path) -> Row | None:
     except (ValueError, RecursionError):
         raise UserError(f"{path} is not JSON; delete it, the report does without") from None
     return summary if isinstance(summary, dict) else {"summary": summary}
-
-
-def _names(folders: Sequence[Path]) -> list[str]:
-    paths = [folder.resolve() for folder in folders]
-    names = [path.name for path in paths]
-    return [
-        f"{path.parent.name}/{name}" if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)
-    ]

@@ -23,12 +23,20 @@ from policy_split_jax.data.dataset import load_rows, make_iterator, restore_stat
 from policy_split_jax.data.formats import Row
 from policy_split_jax.dump import dump_rows
 from policy_split_jax.errors import UserError
-from policy_split_jax.evaluation.evaluate import Scorer, evaluate, make_scorer, outcome_metrics, sample_rows
+from policy_split_jax.evaluation.evaluate import (
+    Scorer,
+    evaluate,
+    make_scorer,
+    outcome_metrics,
+    sample_rows,
+    scored_sample_rows,
+)
 from policy_split_jax.files import whole_file, write_json
 from policy_split_jax.model import qwen3
 from policy_split_jax.model.huggingface import load_params
 from policy_split_jax.model.sharding import batch_shards, make_mesh
 from policy_split_jax.policy import Policy, copy_policy_files, load_policy, model_folder
+from policy_split_jax.report.groups import Named
 from policy_split_jax.report.page import write_report
 from policy_split_jax.rewards import GraderPool
 from policy_split_jax.rollouts import (
@@ -129,7 +137,7 @@ class Trainer:
                 ),
                 progress=progress,
             )
-        self._log("eval", step, row, sample_rows(groups[:8], scores[:8]))
+        self._log("eval", step, row, scored_sample_rows(groups[:8], scores[:8], self.policy.pieces))
         self.display.evaluation(step, row)
 
     def _log(self, kind: str, step: int, row: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
@@ -470,5 +478,5 @@ def _finish(folder: Path, display: RunDisplay) -> None:
     }
     write_json(folder / "summary.json", summary)
     display.summary(start, end)
-    report = write_report([folder], folder / "report.html")
+    report = write_report([Named(None, (str(folder),))], folder / "report.html")
     display.say(f"{end['step']} steps in {seconds / 60:.1f} minutes; report: {report}")

@@ -11,7 +11,6 @@ import pytest
 from policy_split_jax.errors import UserError
 from policy_split_jax.parity import curves as curves_module
 from policy_split_jax.parity.curves import (
-    Average,
     Distance,
     Group,
     average,
@@ -22,7 +21,8 @@ from policy_split_jax.parity.curves import (
     write_curves,
 )
 from policy_split_jax.parity.logs import Curves
-from policy_split_jax.report import page as report_page
+from policy_split_jax.report.frame import content_policy
+from policy_split_jax.report.groups import Average
 
 HOSTILE = "</script><script>document.title='x'</script><img src=x onerror=\"document.title='x'\"><!--"
 
@@ -308,7 +308,7 @@ def test_nothing_is_loaded(tmp_path):
     assert not {"link", "img", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
     assert sum("plotly.js v" in script[:200] for script in page.scripts) == 1
     policies = [a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
-    assert policies == [report_page.content_policy(*page.scripts[1:])]
+    assert policies == [content_policy(*page.scripts[1:])]
     assert policies[0].startswith("default-src 'none'; script-src 'sha256-")
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from policy_split_jax.errors import UserError
-from policy_split_jax.report import page as page_module
 from policy_split_jax.report.charts import HIGH_ENTROPY_COLOUR, NORMAL_COLOUR
-from policy_split_jax.report.page import CHARACTERS_SHOWN, write_report
+from policy_split_jax.report.frame import embedded_json
+from policy_split_jax.report.groups import parse_named
+from policy_split_jax.report.page import write_report
 
 HOSTILE = "</script><script>document.title='x'</script><img src=x onerror=\"document.title='x'\"><!--"
 
@@ -106,21 +107,35 @@ def make_run(tmp_path):
     return make
 
 
-def page_of(*runs: Path) -> Elements:
-    return Elements(write_report(runs, runs[0].parent / "out" / "report.html").read_text(encoding="utf-8"))
+def write(runs, output: Path) -> Path:
+    return write_report([parse_named(str(run)) for run in runs], output)
+
+
+@pytest.fixture
+def page_of(tmp_path):
+    """The page about folders, or about what the command line would say."""
+
+    def page(*runs: Path | str) -> Elements:
+        return Elements(write(runs, tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+
+    return page
 
 
 def charts_of(page: Elements) -> dict[str, dict]:
     return {chart["slug"]: chart for chart in json.loads(page.scripts[0])}
 
 
+def rollouts_of(page: Elements) -> list[dict]:
+    return json.loads(page.scripts[1])["runs"]
+
+
 def test_the_page_is_written_where_asked_and_returned(make_run, tmp_path):
     output = tmp_path / "deep" / "er" / "report.html"
-    assert write_report([make_run()], output) == output
+    assert write([make_run()], output) == output
     assert output.read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
-def test_the_headline_goes_from_the_first_to_the_last_evaluation(make_run):
+def test_the_headline_goes_from_the_first_to_the_last_evaluation(make_run, page_of):
     text = page_of(make_run(metrics=[eval_row(0, 0.25), eval_row(5, 0.75), eval_row(9, 0.5)])).text()
     assert "evaluation at step 0 → 9, k = 8" in text
     assert "25.0 % → 50.0 % +25.0 points 12.5 % → 37.5 % +25.0 points" in text
@@ -131,40 +146,43 @@ def test_the_headline_goes_from_the_first_to_the_last_evaluation(make_run):
     assert "nats per token 0.013 → 0.013 +0.000 0.250 → 0.250" in text
 
 
-def test_a_fall_is_shown_as_a_fall(make_run):
+def test_a_fall_is_shown_as_a_fall(make_run, page_of):
     text = page_of(make_run(metrics=[eval_row(0, 0.5), eval_row(9, 0.25)])).text()
     assert "50.0 % → 25.0 % −25.0 points" in text
 
 
-def test_one_evaluation_is_shown_without_an_arrow(make_run):
+def test_one_evaluation_is_shown_without_an_arrow(make_run, page_of):
     text = page_of(make_run(metrics=[eval_row(0, 0.25)])).text()
     assert "mean of the samples 25.0 % 12.5 %" in text
 
 
-def test_nothing_is_loaded_and_plotly_is_inlined_once(make_run):
+def test_nothing_is_loaded_and_plotly_is_inlined_once(make_run, page_of):
     run = make_run(samples=[sample(1)], config="a: 1", summary={"steps": 2})
     page = page_of(run, make_run("other"))
-    assert [attributes.get("type") for attributes in page.all("script")] == ["application/json", None, None]
+    assert [attributes.get("type") for attributes in page.all("script")] == ["application/json"] * 2 + [None] * 3
     assert sum("plotly.js v" in script[:200] for script in page.scripts) == 1
     references = {"src", "href", "srcset", "data", "action"}
     assert not [tag for tag, attributes in page.tags if references & set(attributes)]
     assert not {"link", "img", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
 
 
-def test_the_policy_allows_the_two_scripts_and_nothing_else(make_run):
+def test_the_policy_allows_the_pages_scripts_and_nothing_else(make_run, page_of):
     from base64 import b64encode
     from hashlib import sha256
 
     page = page_of(make_run())
     policies = [a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy"]
-    hashes = [b64encode(sha256(script.encode()).digest()).decode() for script in page.scripts[1:]]
-    assert policies[0].startswith(f"default-src 'none'; script-src 'sha256-{hashes[0]}' 'sha256-{hashes[1]}';")
+    hashes = [b64encode(sha256(script.encode()).digest()).decode() for script in page.scripts[2:]]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
+    assert policies[0].startswith(f"default-src 'none'; script-src {allowed}; style-src")
+    assert "connect-src" not in policies[0]
 
 
-def test_every_chart_has_a_heading_a_sentence_and_words(make_run):
+def test_every_chart_has_a_heading_a_sentence_and_words(make_run, page_of):
     page = page_of(make_run())
     charts = charts_of(page)
     assert set(charts) == {
+        "glance",
         "accuracy",
         "pass-at-k",
         "reward",
@@ -178,96 +196,46 @@ def test_every_chart_has_a_heading_a_sentence_and_words(make_run):
     assert set(plots) == {f"chart-{slug}" for slug in charts}
     assert plots["chart-accuracy"] == "Accuracy. normal: from 0.25 to 0.5; high entropy: from 0.125 to 0.375"
     assert {a["id"] for a in page.all("h3") if "id" in a} == {f"title-{slug}" for slug in charts}
-    assert [a["data-chart"] for a in page.all("button")] == ["kl"]
+    assert [a["data-chart"] for a in page.all("button") if "data-chart" in a] == ["kl"]
 
 
 def test_the_colours_of_the_page_are_those_of_the_charts(make_run):
-    style = write_report([make_run()], make_run("x") / "report.html").read_text(encoding="utf-8").split("</style>")[0]
+    style = write([make_run()], make_run("x") / "report.html").read_text(encoding="utf-8").split("</style>")[0]
     assert f"--normal: {NORMAL_COLOUR};" in style
     assert f"--high-entropy: {HIGH_ENTROPY_COLOUR};" in style
 
 
-def test_a_run_that_has_just_started_has_a_page(make_run):
+def test_a_run_that_has_just_started_has_a_page(make_run, page_of):
     page = page_of(make_run(metrics=[]))
     assert charts_of(page) == {}
     assert "No evaluation has been recorded yet." in page.text()
     assert "no training step yet · 0 evaluations · not finished" in page.text()
-    assert page.all("select") == []
+    assert rollouts_of(page) == []
+    assert "hidden" in next(a for a in page.all("section") if a.get("id") == "rollouts")
 
 
-def test_training_without_evaluation_has_charts_but_no_headline(make_run):
+def test_training_without_evaluation_has_charts_but_no_headline(make_run, page_of):
     page = page_of(make_run(metrics=[train_row(1), train_row(2)]))
     assert set(charts_of(page)) == {"reward", "eta"}
     assert "No evaluation has been recorded yet." in page.text()
     assert "training step 2 · 0 evaluations · 2 min of training · not finished" in page.text()
 
 
-def test_samples_stand_side_by_side_with_their_marks(make_run):
-    samples = [
-        sample(3, mode="high_entropy", text="the HE text", reward=0.0),
-        sample(3, index=0, text="a right answer"),
-        sample(3, index=1, text="a half answer", reward=0.5),
-        sample(3, index=2, text="no grade", reward=None, finish_reason="length"),
-    ]
-    text = page_of(make_run(samples=samples)).text()
-    normal, high_entropy = text.split("What is 6 × 7?")[1].split("high-entropy mode")
-    assert "✓ reward 1 entropy 0.25 nats a right answer" in normal
-    assert "◐ reward 0.5 entropy 0.25 nats a half answer" in normal
-    assert "? not graded entropy 0.25 nats cut off at the length limit no grade" in normal
-    assert "✗ reward 0 entropy 0.25 nats the HE text" in high_entropy
-
-
-def test_only_the_first_and_last_sampled_steps_can_be_chosen(make_run):
-    samples = [sample(step, text=f"text of {step}") for step in (10, 20, 30)]
-    samples += [sample(step, kind="eval", text=f"eval of {step}") for step in (0, 15, 30)]
-    page = page_of(make_run(samples=samples))
-    text = page.text()
-    choices = ["step 0 · evaluation", "step 10 · training", "step 30 · evaluation", "step 30 · training"]
-    assert " ".join(choices) in text
-    assert [a["value"] for a in page.all("option") if "selected" in a] == ["3"]
-    assert [a["data-samples"] for a in page.all("div") if "data-samples" in a] == ["0", "1", "2", "3"]
-    assert "text of 20" not in text
-    assert "eval of 15" not in text
-    assert "text of 10" in text
-
-
-def test_samples_written_again_after_a_resume_replace_the_old_ones(make_run):
-    text = page_of(make_run(samples=[sample(1, text="a first text"), sample(1, text="a second text")])).text()
-    assert "a second text" in text
-    assert "a first text" not in text
-
-
-def test_many_questions_and_answers_are_counted_instead_of_shown(make_run):
-    samples = [sample(1, question=f"question {i}.") for i in range(15)]
-    samples += [sample(1, question="question 0.", index=i) for i in range(1, 11)]
-    text = page_of(make_run(samples=samples)).text()
-    assert "question 11." in text
-    assert "question 12." not in text
-    assert "3 more questions are in samples.jsonl." in text
-    assert "3 more in samples.jsonl" in text
-
-
-def test_a_long_text_keeps_its_beginning_and_its_end(make_run):
-    text = page_of(make_run(samples=[sample(1, text="begin" + "x" * 2 * CHARACTERS_SHOWN + "the end")])).text()
-    assert "begin" in text
-    assert "the end" in text
-    assert f"[… {CHARACTERS_SHOWN + 12:,} characters left out …]" in text
-
-
-@pytest.mark.parametrize("field", ["question", "text", "kind"])
-def test_a_hostile_sample_is_text(make_run, field):
+@pytest.mark.parametrize("field", ["question", "text"])
+def test_a_hostile_sample_is_data(make_run, page_of, field):
     page = page_of(make_run(samples=[sample(1, **{field: HOSTILE})]))
-    assert len(page.all("script")) == 3
+    assert len(page.all("script")) == 5
     assert page.all("img") == []
-    assert re.sub(r"\s+", " ", HOSTILE) in page.text()
+    assert "<" not in page.scripts[1]
+    assert HOSTILE in json.dumps(rollouts_of(page), ensure_ascii=False).encode().decode("unicode_escape")
 
 
-def test_hostile_names_keys_and_settings_are_text(make_run):
+def test_hostile_names_keys_and_settings_are_text(make_run, page_of):
     name = "<img src=x onerror=alert(1)>"
     metrics = [eval_row(0, 0.5) | {"</script><script>alert(1)//": 1, f"pass@2/{HOSTILE}": 1}]
     run = make_run(name, metrics=metrics, config=HOSTILE, summary={HOSTILE: HOSTILE})
     page = page_of(run, make_run("b"))
-    assert len(page.all("script")) == 3
+    assert len(page.all("script")) == 5
     assert page.all("img") == []
     assert name in page.text()
     # Inside the data no tag is left to end the element, and plotly.js gets the name escaped.
@@ -277,21 +245,21 @@ def test_hostile_names_keys_and_settings_are_text(make_run):
 
 
 def test_data_cannot_end_the_element_that_holds_it():
-    text = page_module.embedded_json({"name": HOSTILE})
+    text = embedded_json({"name": HOSTILE})
     assert "<" not in text
     assert json.loads(text) == {"name": HOSTILE}
 
 
-def test_a_dollar_sign_in_a_text_is_no_placeholder(make_run):
-    text = page_of(make_run(samples=[sample(1, text="it costs $title and $$5 or ${data}")])).text()
+def test_a_dollar_sign_in_a_text_is_no_placeholder(make_run, page_of):
+    text = page_of(make_run(config="it costs $title and $$5 or ${data}")).text()
     assert "it costs $title and $$5 or ${data}" in text
 
 
-def test_a_lone_surrogate_does_not_stop_the_report(make_run):
-    assert "half ? a pair" in page_of(make_run(samples=[sample(1, text="half \ud83d a pair")])).text()
+def test_a_lone_surrogate_does_not_stop_the_report(make_run, page_of):
+    assert "half ? a pair" in page_of(make_run(summary="half \ud83d a pair")).text()
 
 
-def test_configuration_and_summary_are_folded(make_run):
+def test_configuration_and_summary_are_folded(make_run, page_of):
     page = page_of(make_run(config="model:\n  layers: 2\n", summary={"steps": 4}))
     assert len(page.all("details")) == 2
     assert all("open" not in attributes for attributes in page.all("details"))
@@ -300,11 +268,11 @@ def test_configuration_and_summary_are_folded(make_run):
     assert "· finished" in page.text()
 
 
-def test_several_runs_share_the_charts(make_run):
+def test_several_runs_share_the_charts(make_run, page_of):
     page = page_of(make_run("one"), make_run("two"))
     text = page.text()
     assert "2 runs compared" in text
-    traces = charts_of(page)["accuracy"]["data"]
+    traces = [trace for trace in charts_of(page)["accuracy"]["data"] if "marker" in trace]
     assert {(trace["name"], trace["marker"]["color"], trace["marker"]["symbol"]) for trace in traces} == {
         ("normal · one, evaluation", NORMAL_COLOUR, "circle"),
         ("high entropy · one, evaluation", HIGH_ENTROPY_COLOUR, "circle"),
@@ -313,9 +281,33 @@ def test_several_runs_share_the_charts(make_run):
     }
     assert "mean of the samples one 25.0 % → 50.0 %" in text
     assert "two 25.0 % → 50.0 %" in text
+    assert [a["aria-label"] for a in page.all("button") if "data-run" in a] == ["Show one", "Show two"]
+
+
+def test_seeds_are_one_run_with_its_spread(make_run, page_of):
+    ends = {"a": 0.5, "b": 0.75, "c": 0.875}
+    runs = [make_run(name, metrics=[eval_row(0, 0.25), eval_row(2, end)]) for name, end in ends.items()]
+    page = page_of(f"mine={','.join(map(str, runs))}")
+    text = page.text()
+    # The mean of 50, 75 and 87.5 is 70.8, half of their range 18.75.
+    assert "mean of the samples 25.0 ± 0.0 % → 70.8 ± 18.8 % +45.8 points" in text
+    assert "mine · 3 seeds, min–max · no training step yet · 2 evaluations" in text
+    assert "(here: 3 seeds, min–max); ± is half of its width." in text
+    assert "(means of 3 seeds)" in text
+    assert "Policy Split · mine" in text
+
+
+def test_a_page_of_single_runs_does_not_speak_of_bands(make_run, page_of):
+    assert "min–max" not in page_of(make_run("one"), make_run("two")).text()
+
+
+def test_seeds_that_have_got_less_far(make_run, page_of):
+    finished = make_run("a", summary={}, metrics=[train_row(1), train_row(2)])
+    text = page_of(f"mine={finished},{make_run('b', metrics=[train_row(1)])}").text()
+    assert "training step 1 to 2 · 0 evaluations · 3 min of training · 1 of them not finished" in text
 
 
 def test_a_missing_folder_names_the_file_and_the_remedy(tmp_path):
     with pytest.raises(UserError, match=r"absent/metrics\.jsonl not found; give the folder of a run"):
-        write_report([tmp_path / "absent"], tmp_path / "report.html")
+        write([tmp_path / "absent"], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()

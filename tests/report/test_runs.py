@@ -5,7 +5,7 @@ import json
 import pytest
 
 from policy_split_jax.errors import UserError
-from policy_split_jax.report.runs import number, read_rows, read_runs
+from policy_split_jax.report.runs import number, read_rows, read_run, spread
 
 GOOD = b'{"kind": "train", "step": 1}\n'
 
@@ -75,27 +75,41 @@ def test_rows_are_ordered_and_a_resumed_step_replaces_the_old_one(tmp_path):
     rows = [("train", 1, 0.1), ("eval", 2, 0.2), ("train", 3, 0.3), ("train", 2, 0.4), ("train", 3, 0.5)]
     lines = [json.dumps({"kind": kind, "step": step, "loss": loss}) for kind, step, loss in rows]
     write(tmp_path / "metrics.jsonl", "\n".join(lines).encode())
-    [run] = read_runs([tmp_path])
+    run = read_run(tmp_path, "tiny")
     assert [(row["step"], row["loss"]) for row in run.train] == [(1, 0.1), (2, 0.4), (3, 0.5)]
     assert [(row["step"], row["loss"]) for row in run.evaluation] == [(2, 0.2)]
     assert (run.config, run.summary, list(run.samples)) == (None, None, [])
 
 
-def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path):
-    folders = [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "c"]
-    for folder in folders:
-        folder.mkdir(parents=True)
-        write(folder / "metrics.jsonl", b"")
-    assert [run.name for run in read_runs(folders)] == ["a/run", "b/run", "c"]
+def write_samples(folder, *places):
+    rows = [{"kind": kind, "step": step} for kind, step in places]
+    write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    rows = [row | {"text": f"{row['kind']} {row['step']}"} for row in rows]
+    write(folder / "samples.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def test_no_run_at_all_is_refused():
-    with pytest.raises(UserError, match="no run folder given"):
-        read_runs([])
+def test_samples_are_those_of_the_first_and_last_step_and_of_evaluations(tmp_path):
+    write_samples(tmp_path, *(("train", step) for step in (10, 20, 30)), *(("eval", step) for step in (0, 15, 30)))
+    texts = [row["text"] for row in read_run(tmp_path, "tiny").samples]
+    assert texts == ["train 10", "train 30", "eval 0", "eval 15", "eval 30"]
+
+
+def test_samples_of_many_evaluations_are_read_from_some(tmp_path):
+    write_samples(tmp_path, *(("eval", step) for step in range(31)))
+    # 16 of 31: every second.
+    assert [row["step"] for row in read_run(tmp_path, "tiny").samples] == list(range(0, 31, 2))
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "expected"),
+    [(3, 3, [0, 1, 2]), (3, 9, [0, 1, 2]), (9, 3, [0, 4, 8]), (9, 2, [0, 8]), (10, 4, [0, 3, 6, 9]), (0, 2, [])],
+)
+def test_a_spread_goes_from_the_first_to_the_last(count, most, expected):
+    assert spread(range(count), most) == expected
 
 
 def test_a_malformed_summary_is_named(tmp_path):
     write(tmp_path / "metrics.jsonl", b"")
     write(tmp_path / "summary.json", b"{")
     with pytest.raises(UserError, match=r"summary\.json is not JSON; delete it"):
-        read_runs([tmp_path])
+        read_run(tmp_path, "tiny")

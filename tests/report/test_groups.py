@@ -1,0 +1,64 @@
+"""Which runs the command line names, and what they are called."""
+
+import numpy as np
+import pytest
+
+from policy_split_jax.errors import UserError
+from policy_split_jax.report.groups import Named, average_of_seeds, parse_named, read_groups
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    def make(name):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_bytes(b"")
+        return str(folder)
+
+    return make
+
+
+def test_a_path_stands_alone_and_a_label_has_seeds():
+    assert parse_named("runs/tiny") == Named(None, ("runs/tiny",))
+    assert parse_named(" mine = runs/a, runs/b") == Named("mine", ("runs/a", "runs/b"))
+
+
+def test_a_path_may_hold_an_equals_sign(make_run):
+    run = make_run("lr=1")
+    assert parse_named(run) == Named(None, (run,))
+
+
+@pytest.mark.parametrize("text", ["=runs/a", "mine=", "mine=runs/a,", "mine= ,runs/a"])
+def test_an_empty_label_or_path_is_refused(text):
+    with pytest.raises(UserError, match="has an empty label or path; write LABEL=PATH"):
+        parse_named(text)
+
+
+def test_runs_of_one_name_are_told_apart_by_their_parents(make_run):
+    named = [parse_named(text) for text in (make_run("a/run"), f"mine={make_run('b/run')},{make_run('c')}")]
+    groups = read_groups(named)
+    assert [group.label for group in groups] == ["a/run", "mine"]
+    assert [[seed.name for seed in group.seeds] for group in groups] == [["a/run"], ["b/run", "c"]]
+
+
+def test_a_label_that_is_there_twice_is_numbered(make_run):
+    run = make_run("a")
+    assert [group.label for group in read_groups([Named("x", (run,)), Named("x", (run,))])] == ["x", "x (2)"]
+
+
+def test_no_run_at_all_is_refused():
+    with pytest.raises(UserError, match="no run folder given"):
+        read_groups([])
+
+
+def test_the_legend_says_what_the_band_is(make_run):
+    runs = [make_run(name) for name in "abcd"]
+    legends = [read_groups([Named("mine", tuple(runs[:count]))])[0].legend for count in (1, 3, 4)]
+    assert legends == ["mine", "mine (3 seeds, min–max)", "mine (4 seeds, 95 % t-interval)"]
+
+
+def test_four_seeds_have_a_t_interval():
+    found = average_of_seeds([{7: value} for value in (1.0, 2.0, 3.0, 6.0)])
+    # Mean 3, variance (4 + 1 + 0 + 9) / 3; 3.182446 is the 97.5 % quantile of t with 3 degrees of freedom.
+    half = 3.182446305 * np.sqrt(14 / 3) / 2
+    np.testing.assert_allclose([found.low[0], found.mean[0], found.high[0]], [3 - half, 3, 3 + half], rtol=1e-8)

@@ -52,6 +52,21 @@ def test_a_rollout_does_not_depend_on_how_many_there_are(prompts, tmp_path):
     assert [row["tokens"] for row in few] == [row["tokens"] for row in chosen]
 
 
+def test_another_prompt_changes_the_high_entropy_mode_alone(prompts, tmp_path):
+    own, other = (
+        sample(prompts, tmp_path / "out.jsonl", "--n", "4", "--mode", "both", *more)
+        for more in ([], ["--high-entropy-prompt", "Normal mode."])
+    )
+    changed = {row["mode"] for row, now in zip(own, other, strict=True) if row["tokens"] != now["tokens"]}
+    assert changed == {"high-entropy"}
+
+
+def test_a_blank_prompt_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["sample", "--high-entropy-prompt", " "])
+    assert "--high-entropy-prompt: is blank" in capsys.readouterr().err
+
+
 def test_scores_agree_with_the_sampler(prompts, tmp_path):
     rows = sample(prompts, tmp_path / "answers.jsonl")
     scored = ["score", "--input", str(tmp_path / "answers.jsonl"), "--output", str(tmp_path / "scores.jsonl")]
@@ -204,16 +219,23 @@ def test_what_the_system_refuses_is_one_line(number, code, prompts, tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == [prompts.name]
 
 
-@pytest.mark.parametrize(("command", "goes_on"), [("train", True), ("report", False)])
-def test_an_interrupt_promises_only_what_holds(command, goes_on, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("command", "function", "goes_on"),
+    [
+        (["train", "x"], "train", "; the same command goes on from the last checkpoint"),
+        (["eval"], "evaluate", "; the same command goes on after the last questions that were saved"),
+        (["report", "x"], "report", ""),
+    ],
+)
+def test_an_interrupt_promises_only_what_holds(command, function, goes_on, monkeypatch, capsys):
     from policy_split_jax import commands
 
     def interrupt(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, command, interrupt)
-    assert main([command, "x"]) == 130
-    assert ("last checkpoint" in capsys.readouterr().err) == goes_on
+    monkeypatch.setattr(commands, function, interrupt)
+    assert main(command) == 130
+    assert capsys.readouterr().err == f"policy-split: interrupted{goes_on}\n"
 
 
 @pytest.mark.parametrize("rest", [["--modle", "x"], ["--resume", "steps"], ["--resume", "--x=1"]])

@@ -92,8 +92,8 @@ def glance_chart(groups: Sequence[RunGroup]) -> Chart | None:
     layout |= {"hovermode": "closest", "annotations": notes}
     layout["xaxis"]["range"], layout["yaxis"]["range"] = across, _padded(accuracies, 0.2)
     look_for = (
-        "Each mode's way from the first evaluation (ring) to the last. Up is more often right, right is more varied. "
-        "The dashed line is the gap between the modes: KL(high entropy ‖ normal), in nats per token."
+        "Each mode's way from the first evaluation (ring) to the last; dotted, by those between. Up is more often right, "
+        "right is more varied. The dashed line is the gap between the modes: KL(high entropy ‖ normal) in nats per token."
     )
     summary = " ".join(verdict(split) for _, _, split in drawn)
     return Chart("glance", "Where the modes stand", look_for, data, layout, summary)
@@ -218,7 +218,7 @@ def _words(split: Split, span: float) -> list[dict[str, Any]]:
         for mode, anchor in ((low, "right"), (high, "left"))
     ]
     apart = split.end.entropy[high] - split.end.entropy[low] > 0.35 * span
-    middle = {"x": sum(split.end.entropy) / 2, "y": sum(split.end.accuracy) / 2, "yshift": (12 if apart else 38) * side}
+    middle = {"x": sum(split.end.entropy) / 2, "y": sum(split.end.accuracy) / 2, "yshift": (15 if apart else 38) * side}
     words.append(middle | {"text": f"<b>KL {_nats(split.end.kl)}</b>", "showarrow": False, "font": {"size": 13}})
     if split.evaluations > 1:
         at = {"x": sum(split.start.entropy) / 2, "y": sum(split.start.accuracy) / 2}
@@ -234,5 +234,5 @@ def _coordinates(splits: Sequence[Split]) -> tuple[list[float], list[float]]:
 def _padded(values: Sequence[float], least: float) -> list[float]:
     """A range with room for the words; not so narrow that a small step looks like a large one."""
     low, high = min(values), max(values)
-    room = max(0.25 * (high - low), (least - (high - low)) / 2)
+    room = max(0.3 * (high - low), (least - (high - low)) / 2)
     return rounded([low - room, high + room])

@@ -146,3 +146,50 @@ def test_intervals_of_accuracy_are_paired_by_question():
     # quantiles at 2.5 and 97.5 % are 1/12 and 5/12 (P(B=0) = 1.6 %, P(B<=1) = 10.9 %).
     assert (row["accuracy/normal/low"], row["accuracy/normal/high"]) == pytest.approx((1 / 12, 5 / 12))
     assert (row["accuracy/high_entropy/low"], row["accuracy/high_entropy/high"]) == pytest.approx((7 / 12, 11 / 12))
+
+
+def scored(group, tokens):
+    """Scores in which the entropy of token t of rollout g in mode m is 10m + g + t/1000, and its KL that plus 100."""
+    modes, rollouts, places = np.meshgrid((0, 1), range(len(group.rollouts)), range(tokens), indexing="ij")
+    entropy = (10 * modes + rollouts + places / 1000).astype(np.float32)
+    return evaluate.GroupScores(entropy, np.zeros_like(entropy), entropy + 100)
+
+
+def pieces(tokens):
+    return [f"<{token}>" for token in tokens]
+
+
+def test_training_samples_have_no_figures():
+    rows = evaluate.sample_rows([group([(1.0, "8"), (0.0, "7")], [(0.0, "1")])])
+    assert [(row["mode"], row["index"], row["reward"]) for row in rows] == [
+        ("normal", 0, 1.0),
+        ("normal", 1, 0.0),
+        ("high_entropy", 0, 0.0),
+    ]
+    assert all(row["entropy"] is None and "tokens" not in row for row in rows)
+
+
+def test_scored_samples_have_the_figures_of_the_mode_that_sampled():
+    given = group([(1.0, "8")], [(0.0, "7")])
+    given.rollouts[1] = Rollout(np.array([5, 6, 7], np.int32), np.zeros(3, np.float32), "stop")
+    first, second = evaluate.scored_sample_rows([given], [scored(given, 3)], pieces)
+    assert first["tokens"] == {"text": ["<0>", "<0>"], "entropy": [0.0, 0.001], "kl": [100.0, 100.001], "left_out": 0}
+    assert second["tokens"] == {
+        "text": ["<5>", "<6>", "<7>"],
+        "entropy": [11.0, 11.001, 11.002],
+        "kl": [111.0, 111.001, 111.002],
+        "left_out": 0,
+    }
+    assert second["entropy"] == pytest.approx(11.001, rel=1e-6)
+
+
+@pytest.mark.parametrize(("length", "left_out"), [(6, 0), (7, 1), (1000, 994)])
+def test_of_a_long_sample_both_ends_are_kept(monkeypatch, length, left_out):
+    monkeypatch.setattr(evaluate, "TOKENS_KEPT", 6)
+    given = group([(1.0, "8")], [])
+    given.rollouts[0] = Rollout(np.arange(length, dtype=np.int32), np.zeros(length, np.float32), "stop")
+    [row] = evaluate.scored_sample_rows([given], [scored(given, length)], pieces)
+    kept = [0, 1, 2, length - 3, length - 2, length - 1]
+    assert row["tokens"]["text"] == [f"<{at}>" for at in kept]
+    assert row["tokens"]["entropy"] == [at / 1000 for at in kept]
+    assert row["tokens"]["left_out"] == left_out

@@ -91,8 +91,15 @@ class Browser:
         return answer["result"].get("value")
 
     def wait_for(self, script: str) -> None:
-        """Until an expression is true."""
-        self._until(lambda: self.run(script))
+        """Until an expression is true, be it in the page that follows this one."""
+
+        def holds() -> bool:
+            try:
+                return bool(self.run(script))
+            except RuntimeError:
+                return False
+
+        self._until(holds)
 
     def press(self, key: str) -> None:
         for kind in ("keyDown", "keyUp"):
@@ -115,7 +122,9 @@ class Browser:
         while not holds():
             if time.monotonic() > end:
                 raise TimeoutError("the browser did not get there")
-            self._call("Runtime.evaluate", expression="new Promise((done) => setTimeout(done, 30))", awaitPromise=True)
+            # What the browser has to tell comes with the answers.
+            self._call("Target.getTargets", session=None)
+            time.sleep(0.03)
 
     def _call(self, method: str, session: str | None = "", **parameters):
         self._count += 1

@@ -93,6 +93,12 @@ def test_a_run_leaves_what_the_documentation_says(tmp_path):
     assert step["tokens/rollout"] > 0
     modes = {row["mode"] for row in rows(folder, "samples.jsonl")}
     assert modes == {"normal", "high_entropy"}
+    samples = [row for row in rows(folder, "samples.jsonl") if row["kind"] == "eval"]
+    for tokens, row in ((row["tokens"], row) for row in samples):
+        assert "".join(tokens["text"]).removesuffix("<|im_end|>") == row["text"]
+        # Rounded to three decimals.
+        assert np.mean(tokens["entropy"]) == pytest.approx(row["entropy"], abs=5e-4)
+        assert len(tokens["kl"]) == len(tokens["text"])
 
     # Run again: nothing is left to do, and nothing is changed.
     before = (folder / "metrics.jsonl").read_bytes()

@@ -92,8 +92,9 @@ def glance_chart(groups: Sequence[RunGroup]) -> Chart | None:
     layout |= {"hovermode": "closest", "annotations": notes}
     layout["xaxis"]["range"], layout["yaxis"]["range"] = across, _padded(accuracies, 0.2)
     look_for = (
-        "Each mode's way from the first evaluation (ring) to the last; dotted, by those between. Up is more often right, "
-        "right is more varied. The dashed line is the gap between the modes: KL(high entropy ‖ normal) in nats per token."
+        "Each mode's way from the first evaluation (ring) to the last; dotted, by those between. Up is more often "
+        "right, right is more varied. The dashed line is the gap between the modes: KL(high entropy ‖ normal) in nats "
+        "per token."
     )
     summary = " ".join(verdict(split) for _, _, split in drawn)
     return Chart("glance", "Where the modes stand", look_for, data, layout, summary)

@@ -9,7 +9,7 @@ Tuning first: every method has one run at each of the same learning rates, with 
 with the highest accuracy of the normal mode is that of its runs with the other seeds. Runs are ordinary ones of the
 command line, one core each, in runs/evidence; what was interrupted goes on. What they found goes into
 experiments/results/evidence.jsonl, and what is there is not run again: move the file away to make all of it anew.
-A chosen part goes to standard output; everything goes into docs/results.md.
+A chosen part goes to standard output; everything goes into docs/results.md. Curves are in runs/evidence/TASK.html.
 """
 
 import argparse
@@ -23,11 +23,13 @@ from study import (
     ABLATION_RATE,
     ABLATION_TASK,
     ABLATIONS,
+    FOLDER,
     METHODS,
     PROMPT_RESULTS,
     QUESTIONS,
     RATES,
     SPLIT,
+    SPLIT_OF_PAPER,
     STEPS,
     TASKS,
     Results,
@@ -40,9 +42,13 @@ from study import (
     tuning,
 )
 
+from policy_split_jax.report.groups import Named
+from policy_split_jax.report.page import write_report
+
 TEMPLATE = Path(__file__).with_name("results.template.md")
 PAGE = Path("docs/results.md")
 SEEDS = (0, 1, 2, 3, 4)
+CHARTED = (SPLIT, SPLIT_OF_PAPER, "GRPO", "entropy advantage")
 SMALL = (("3 numbers",), (SPLIT, "GRPO", "entropy advantage"), (0, 1, 2))
 
 
@@ -80,6 +86,19 @@ def page(results: Results) -> str:
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(sections | facts)
 
 
+def write_charts(results: Results, task: str) -> None:
+    """A report that lays some methods' curves over each other, of those runs whose folders are here."""
+    named = []
+    for method in CHARTED:
+        seeds = tables.best_ends(results, task, method)
+        folders = [FOLDER / Run(task, method, best_rate(results, task, method), seed).name for seed in seeds]
+        here = [str(folder) for folder in folders if (folder / "metrics.jsonl").is_file()]
+        named += [Named(method, tuple(here))] if here else []
+    if named:
+        output = FOLDER / f"{'-'.join(task.split())}.html"
+        print(f"written to {write_report(named, output)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="one task, three methods, three seeds")
@@ -94,6 +113,8 @@ def main() -> None:
     tasks, methods, seeds = chosen.tasks or tasks, chosen.methods or methods, chosen.seeds or seeds
     if not chosen.only_write:
         compare_methods(results, tasks, methods, seeds, chosen.parallel)
+    for task in tasks:
+        write_charts(results, task)
     if chosen.small or chosen.tasks or chosen.methods or chosen.seeds:
         for task in tasks:
             print(f"\n{task}\n\n{tables.methods(results, task, methods, seeds)}")

@@ -133,7 +133,7 @@ def over_training(results: Results) -> str:
     for name, rate in dict.fromkeys([(SPLIT, ABLATION_RATE), (SPLIT, tuned), ("GRPO", ABLATION_RATE)]):
         for at_step in zip(*evaluations(results, ABLATION_TASK, name, rate).values(), strict=True):
             values = [cell([row[key] for row in at_step]) for key in shown.values()]
-            rows.append([name, f"{rate:g}", f"{at_step[0]['step']}", *values])
+            rows.append([name, f"{rate:g}", f"{at_step[0]['step']:.0f}", *values])
     return table(rows)
 
 

@@ -13,7 +13,7 @@ A chosen part goes to standard output; everything goes into docs/results.md. Cur
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from string import Template
 
@@ -70,13 +70,15 @@ def ablate(results: Results, seeds: Sequence[int], parallel: int) -> None:
 def page(results: Results) -> str:
     """docs/results.md from whatever results there are."""
     tasks = [task for task in TASKS if any(run.task == task for run in results)]
+
+    def of_each(table: Callable[..., str]) -> dict[str, str]:
+        return {task: table(results, task, tuple(METHODS)) for task in tasks}
+
+    accuracy = {task: f"{table}\n\n{tables.winners(results, task)}" for task, table in of_each(tables.methods).items()}
     sections = {
-        "methods": "\n\n".join(
-            f"### {task}\n\n{tables.methods(results, task, tuple(METHODS))}\n\n{tables.winners(results, task)}"
-            for task in tasks
-        ),
+        "methods": _headed(accuracy),
         "training": tables.over_training(results),
-        "exploration": "\n\n".join(f"### {task}\n\n{tables.exploration(results, task)}" for task in tasks),
+        "exploration": _headed(of_each(tables.exploration)),
         "ablations": tables.ablations(results),
         "costs": tables.costs(results),
         "prompts": tables.prompts(read_records(PROMPT_RESULTS)),
@@ -84,6 +86,10 @@ def page(results: Results) -> str:
     facts = {"steps": STEPS, "questions": QUESTIONS, "rates": ", ".join(f"{rate:g}" for rate in RATES)}
     facts |= {"ablation_task": ABLATION_TASK, "ablation_rate": f"{ABLATION_RATE:g}"}
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(sections | facts)
+
+
+def _headed(parts: Mapping[str, str]) -> str:
+    return "\n\n".join(f"### {title}\n\n{text}" for title, text in parts.items())
 
 
 def write_charts(results: Results, task: str) -> None:
@@ -117,7 +123,8 @@ def main() -> None:
         write_charts(results, task)
     if chosen.small or chosen.tasks or chosen.methods or chosen.seeds:
         for task in tasks:
-            print(f"\n{task}\n\n{tables.methods(results, task, methods, seeds)}")
+            for table in (tables.methods, tables.exploration):
+                print(f"\n{task}\n\n{table(results, task, methods, seeds)}")
         return
     if not chosen.only_write:
         ablate(results, seeds, chosen.parallel)

@@ -137,12 +137,12 @@ def over_training(results: Results) -> str:
     return table(rows)
 
 
-def exploration(results: Results, task: str) -> str:
+def exploration(results: Results, task: str, names: Sequence[str], seeds: Sequence[int] | None = None) -> str:
     """What the samples of either mode find together."""
     start = original(results, task)
     rows = [["", *EXPLORING], ["original", *(f"{start[key]:.3f}" for key in EXPLORING.values())]]
-    for name in METHODS:
-        if found := best_ends(results, task, name):
+    for name in names:
+        if found := best_ends(results, task, name, seeds):
             rows.append([name, *(cell([row[key] for row in found.values()]) for key in EXPLORING.values())])
     return table(rows)
 

@@ -164,15 +164,15 @@ class RolloutConfig:
 class SharingConfig:
     """What a mode trains on of the rollouts that the other mode sampled."""
 
+    high_entropy_prompt: Literal["system", "user_turn"] = "system"
+    """Of normal rollouts: the mode's own prompt, or as in the released code one user turn that holds its text."""
+    response: Literal["tokens", "text"] = "tokens"
+    """The sampled tokens, or as in the released code their text encoded anew, which loses the stop token."""
     rollouts: Literal["all", "own"] = "all"
     """`own` shares none: each mode has its advantages among its own rollouts, and trains on those."""
     importance_cap: float = 0.0
     """Weigh each token of a shared rollout by how much likelier the mode that trains finds it than the mode that
     sampled it, at most so much; 0 is off, as in the paper."""
-    high_entropy_prompt: Literal["system", "user_turn"] = "system"
-    """Of normal rollouts: the mode's own prompt, or as in the released code one user turn that holds its text."""
-    response: Literal["tokens", "text"] = "tokens"
-    """The sampled tokens, or as in the released code their text encoded anew, which loses the stop token."""
 
     def __post_init__(self) -> None:
         _require("importance_cap", self.importance_cap, self.importance_cap == 0 or self.importance_cap >= 1,

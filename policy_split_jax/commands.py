@@ -136,6 +136,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from policy_split_jax.data.dataset import load_rows
+    from policy_split_jax.data.embedded import PuzzleConfig
     from policy_split_jax.evaluation.evaluate import evaluate as run
     from policy_split_jax.evaluation.evaluate import make_scorer
     from policy_split_jax.rewards import GraderPool
@@ -147,15 +148,14 @@ def evaluate(options: argparse.Namespace) -> None:
     check_output(Path(options.output))
     rows = load_rows(
         options.data,
+        PuzzleConfig(options.task, options.numbers, options.max_number, options.walls),
         question_column=options.question_column,
         answer_column=options.answer_column,
         split="test",
-        numbers=options.numbers,
         count=options.questions,
-        max_number=options.max_number,
     )[: options.questions]
     policy, params = load_chosen(options)
-    grader = options.grader or ("countdown" if embedded else "math")
+    grader = options.grader or (options.task if embedded else "math")
     max_new_tokens = options.max_new_tokens or (16 if embedded else 2048)
     with (
         GraderPool(grader) as pool,

@@ -42,7 +42,9 @@ def model_folder(path: str) -> Path:
         return Path(str(resources.files("policy_split_jax") / "assets" / _EMBEDDED_FOLDERS[path]))
     folder = Path(path)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{path}: no config.json there; give a Hugging Face model folder, {' or '.join(_EMBEDDED_FOLDERS)}")
+        raise UserError(
+            f"{path}: no config.json there; give a Hugging Face model folder, {' or '.join(_EMBEDDED_FOLDERS)}"
+        )
     return folder
 
 

@@ -23,6 +23,12 @@ TUNING_SEED = 100
 TASKS: Mapping[str, Mapping[str, Any]] = {
     "3 numbers": {"data.numbers": "[3]"},
     "4 numbers": {"data.numbers": "[4]", "rollout.max_new_tokens": 14},
+    "walk": {
+        "model.path": "embedded-walk",
+        "data.task": "walk",
+        "reward.grader": "walk",
+        "rollout.max_prompt_tokens": 40,
+    },
 }
 TUNED_ON = {"4 numbers": "3 numbers"}
 """Tasks that take their learning rates from another, of the same model."""

@@ -231,14 +231,17 @@ def _eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     )
     parser.add_argument("--question-column", default="question")
     parser.add_argument("--answer-column", default="answer")
-    parser.add_argument("--numbers", type=_numbers, default=(3,), help="embedded task: numbers of a puzzle (default 3)")
-    parser.add_argument("--max-number", type=_positive, default=30, help="embedded task: largest number (default 30)")
+    parser.add_argument("--task", choices=("countdown", "walk"), default="countdown", help="the embedded task")
+    parser.add_argument("--numbers", type=_numbers, default=(3,), help="countdown: numbers of a puzzle (default 3)")
+    parser.add_argument("--max-number", type=_positive, default=30, help="countdown: largest number (default 30)")
+    parser.add_argument("--walls", type=_numbers, default=(4,), help="walk: walls of a puzzle (default 4)")
     parser.add_argument("--questions", type=_positive, help="at most so many questions (default 256; benchmarks: all)")
     parser.add_argument(
         "--questions-at-once", type=_positive, default=64, metavar="N", help="sampled and saved together (default 64)"
     )
     parser.add_argument(
-        "--grader", help="countdown (embedded), math (files), letter (multiple choice), exact, or your own function"
+        "--grader",
+        help="the task's (embedded), math (files), letter (multiple choice), exact, or your own function",
     )
     parser.add_argument("--k", type=_positive, default=8, help="samples of each question in each mode (default 8)")
     parser.add_argument(

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from policy_split_jax.data.embedded import TASKS, PuzzleConfig
 from policy_split_jax.errors import UserError
 from policy_split_jax.modes import DEFAULT_HIGH_ENTROPY_PROMPT, ModePrompts
 from policy_split_jax.objective.advantages import AdvantageConfig
@@ -19,7 +20,7 @@ from policy_split_jax.objective.eta import EtaConfig
 from policy_split_jax.objective.losses import Aggregate
 
 EMBEDDED = "embedded"
-
+EMBEDDED_WALK = "embedded-walk"
 
 MAX_SEED = 2**32 - 1
 
@@ -43,7 +44,7 @@ class ModelConfig:
     """Which model is trained."""
 
     path: str = EMBEDDED
-    """A Hugging Face folder, or `embedded` for the tiny model inside the package."""
+    """A Hugging Face folder, or a tiny model inside the package: `embedded` answers countdown, `embedded-walk` walk."""
     checkpoint: str = ""
     """Start from the last checkpoint of this run's folder instead (`--checkpoint`)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -88,19 +89,15 @@ class PromptConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(PuzzleConfig):
     """Questions to train on and to test on."""
 
     train: str = EMBEDDED
-    """A .jsonl or .parquet file, or `embedded` for generated countdown puzzles."""
+    """A .jsonl or .parquet file, or `embedded` for generated puzzles."""
     test: str = EMBEDDED
     """The same, for evaluation."""
     question_column: str = "question"
     answer_column: str = "answer"
-    numbers: tuple[int, ...] = (3,)
-    """Embedded task: how many numbers a puzzle has; several sizes alternate."""
-    max_number: int = 20
-    """Embedded task: the largest number given."""
     train_size: int = 4096
     """Embedded task: number of training puzzles."""
     test_size: int = 256
@@ -115,8 +112,8 @@ class RewardConfig:
     """How responses are graded."""
 
     grader: str = "countdown"
-    """countdown, exact, math, prm800k, released (docs/fidelity.md), or your own function: `package.module:function` or
-    `file.py:function`."""
+    """countdown, walk, exact, letter, math, prm800k, released (docs/fidelity.md), or your own function:
+    `package.module:function` or `file.py:function`."""
     workers: int = 2
     """Grader processes (math and your own function)."""
     time_limit: float = 5.0
@@ -343,6 +340,8 @@ class RunConfig:
             raise ValueError(f"objective {self.objective} trains one mode: train.update_order and sharing.* need two")
         if quarters and self.sharing.rollouts == "own":
             raise ValueError("sharing.rollouts=own leaves two of train.update_order's quarters empty; use questions")
+        if self.data.train == EMBEDDED and self.reward.grader in {*TASKS} - {self.data.task}:
+            raise ValueError(f"data.task is {self.data.task}, but reward.grader is {self.reward.grader}; make them one")
         for item in fields(self.baseline):
             settings = getattr(self.baseline, item.name)
             if item.name != self.objective and settings != type(settings)():
@@ -393,12 +392,9 @@ class SizeConfig:
 
 
 @dataclass(frozen=True)
-class LessonConfig:
+class LessonConfig(PuzzleConfig):
     """The puzzles of the warm-up."""
 
-    numbers: tuple[int, ...] = (3,)
-    """How many numbers a puzzle has; several sizes alternate."""
-    max_number: int = 20
     train_size: int = 4096
 
     def __post_init__(self) -> None:
@@ -429,7 +425,7 @@ class WarmupConfig:
     high_entropy_fraction: float = 0.5
     """Share of the examples that are shown under the high-entropy prompt."""
     wrong_fraction: float = 0.0
-    """Share of the examples whose answer reaches another target than the question's."""
+    """Share of the examples whose answer is wrong: that of another target, or with another move."""
     log_every: int = 50
 
     def __post_init__(self) -> None:

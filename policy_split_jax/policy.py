@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from policy_split_jax.config import EMBEDDED
+from policy_split_jax.config import EMBEDDED, EMBEDDED_WALK
 from policy_split_jax.errors import UserError
 from policy_split_jax.model import huggingface
 from policy_split_jax.model.qwen3 import Params, Qwen3Config
@@ -17,6 +17,8 @@ from policy_split_jax.serving.text import TextStream
 
 PROMPTS_FILE = "policy_split.json"
 """Beside a model's own files: the prompts that its modes were trained with."""
+
+_EMBEDDED_FOLDERS = {EMBEDDED: "tiny_qwen3", EMBEDDED_WALK: "tiny_qwen3_walk"}
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,14 @@ class Policy:
 
 
 def model_folder(path: str) -> Path:
-    """The folder of a `model.path` setting: the embedded model's, or the one named."""
-    if path == EMBEDDED:
-        return Path(str(resources.files("policy_split_jax") / "assets" / "tiny_qwen3"))
+    """The folder of a `model.path` setting: an embedded model's, or the one named."""
+    if path in _EMBEDDED_FOLDERS:
+        return Path(str(resources.files("policy_split_jax") / "assets" / _EMBEDDED_FOLDERS[path]))
     folder = Path(path)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{path}: no config.json there; give a Hugging Face model folder or 'embedded'")
+        raise UserError(
+            f"{path}: no config.json there; give a Hugging Face model folder, {' or '.join(_EMBEDDED_FOLDERS)}"
+        )
     return folder
 
 

@@ -168,6 +168,18 @@ def test_an_unknown_key_names_the_nearest_one(write, key, nearest):
         assert message.endswith(f"; did you mean {nearest}?")
 
 
+@pytest.mark.parametrize(("task", "grader"), [("walk", "countdown"), ("countdown", "walk")])
+def test_an_embedded_task_has_its_own_grader_or_yours(write, task, grader):
+    path = write(f"name: a\ndata: {{task: {task}}}\nreward: {{grader: {grader}}}\n")
+    assert f"data.task is {task}, but reward.grader is {grader}" in refusal(lambda: load(RunConfig, path))
+    assert load(RunConfig, path, ["reward.grader=mine.py:score"]).data.task == task
+    assert load(RunConfig, path, ["data.train=questions.jsonl"]).reward.grader == grader
+
+
+def test_an_unknown_task_is_refused(write):
+    assert "data.task is 'maze'" in refusal(lambda: load(RunConfig, write("name: a\ndata: {task: maze}\n")))
+
+
 def test_an_unknown_section_in_the_file(write):
     path = write("name: a\nrolouts:\n  slots: 3\n")
     assert f"{path}: unknown key rolouts" in refusal(lambda: load(RunConfig, path))
@@ -513,7 +525,13 @@ def reachable(kind):
             yield from reachable(inner)
 
 
-CLASSES = {kind.__name__: kind for root in ROOTS for kind in reachable(root)}
+CLASSES = {
+    kind.__name__: kind
+    for root in ROOTS
+    for section in reachable(root)
+    for kind in section.__mro__
+    if dataclasses.is_dataclass(kind)
+}
 
 
 def annotated_class(annotation):
@@ -606,6 +624,8 @@ def reads_of(source):
 def unread(kind, found):
     """Dotted keys that nobody reads, neither through the whole configuration nor through their section alone."""
     missing = []
+    # What is read of a base class is read of this one.
+    found = found | {(kind, key) for root, key in found if root in kind.__mro__}
     for item in dataclasses.fields(kind):
         inner = nested(kind, item.name)
         if inner is None:

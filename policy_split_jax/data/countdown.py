@@ -5,10 +5,8 @@ seeds; nothing is downloaded. The expressions offered for supervision have integ
 intermediate values, and every target is reachable by such an expression; a grader may accept more.
 """
 
-import hashlib
 import math
 import random
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,12 +14,14 @@ from typing import Literal
 
 import numpy as np
 
+from policy_split_jax.data.puzzles import combination, in_turns, side_of
 from policy_split_jax.errors import UserError
 
 TARGETS = range(10, 100)
-TEST_PERCENT = 5
 MAX_EXPRESSIONS = 64
 """How many expressions are kept per target when there are four numbers or more."""
+WORDS = ("Make", " from")
+"""What is a token of its own in the task's model, besides numbers."""
 
 # Binding strength of the outermost operator; it decides where parentheses are needed.
 _SUM, _PRODUCT, _ATOM = 0, 1, 2
@@ -62,11 +62,22 @@ def reachable(numbers: tuple[int, ...]) -> dict[int, tuple[str, ...]]:
     return {value: _kept(by_value[value], len(numbers)) for value in sorted(by_value) if value in TARGETS}
 
 
+def right_answers(puzzle: Puzzle) -> list[str]:
+    """What the warm-up teaches: the puzzle's solutions."""
+    return solutions(puzzle.numbers, puzzle.target)
+
+
+def wrong_answers(puzzle: Puzzle, count: int) -> list[str]:
+    """Expressions over the puzzle's numbers that reach other targets, at most `count`; the same on every call."""
+    draw = random.Random(f"wrong answers {render(puzzle)}")
+    found = reachable(tuple(sorted(puzzle.numbers)))
+    others = [target for target in found if target != puzzle.target]
+    return [draw.choice(found[target]) for target in draw.sample(others, min(count, len(others)))]
+
+
 def split_of(numbers: tuple[int, ...], target: int) -> Literal["train", "test"]:
-    """The side of a puzzle, from a hash of its sorted numbers and target: the same in every run."""
-    text = f"{','.join(map(str, sorted(numbers)))}={target}"
-    digest = hashlib.sha256(text.encode()).digest()
-    return "test" if int.from_bytes(digest[:8], "big") % 100 < TEST_PERCENT else "train"
+    """The side of a puzzle, whatever the order of its numbers."""
+    return side_of(f"{','.join(map(str, sorted(numbers)))}={target}")
 
 
 def puzzles(
@@ -78,15 +89,7 @@ def puzzles(
     Raises UserError when a setting is out of range or fewer than `count` such puzzles exist.
     """
     _check(split, numbers, count, max_number)
-    turns = deque(_stream(split, size, seed, max_number) for size in dict.fromkeys(numbers))
-    found: list[Puzzle] = []
-    while turns and len(found) < count:
-        puzzle = next(turns[0], None)
-        if puzzle is None:
-            turns.popleft()
-        else:
-            found.append(puzzle)
-            turns.rotate(-1)
+    found = in_turns((_stream(split, size, seed, max_number) for size in dict.fromkeys(numbers)), count)
     if len(found) < count:
         raise UserError(
             f"countdown: {count} {split} puzzles of {numbers} numbers up to {max_number} were asked for, "
@@ -134,18 +137,11 @@ def _stream(split: str, size: int, seed: int, max_number: int) -> Iterator[Puzzl
 
 
 def _multiset(rank: int, size: int) -> tuple[int, ...]:
-    """The multiset of `size` numbers >= 1 with this rank (combinatorial number system), sorted.
+    """The multiset of `size` numbers >= 1 with this rank, sorted.
 
     Ranks below comb(m + size - 1, size) are exactly the multisets of numbers up to m.
     """
-    numbers = []
-    for place in range(size, 0, -1):
-        top = place - 1
-        while math.comb(top + 1, place) <= rank:
-            top += 1
-        rank -= math.comb(top, place)
-        numbers.append(top - place + 2)
-    return tuple(reversed(numbers))
+    return tuple(number - place + 1 for place, number in enumerate(combination(rank, size)))
 
 
 def _partitions(numbers: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -7,9 +7,11 @@ from typing import Any
 
 import grain
 
-from policy_split_jax.data import countdown
+from policy_split_jax.data.embedded import TASKS, PuzzleConfig, puzzles
 from policy_split_jax.data.formats import Row, read_rows
 from policy_split_jax.errors import UserError
+
+_DEFAULT = PuzzleConfig()
 
 
 @dataclass(frozen=True)
@@ -22,25 +24,25 @@ class Question:
 
 def load_rows(
     source: str | Path,
+    config: PuzzleConfig = _DEFAULT,
     *,
     question_column: str = "question",
     answer_column: str = "answer",
     split: str = "train",
-    numbers: tuple[int, ...] = (3,),
     count: int = 1000,
     seed: int = 0,
-    max_number: int = 20,
 ) -> list[Row]:
-    """The rows of a file (the columns apply), or of the task "embedded" (the other settings apply).
+    """The rows of a file (the columns apply), or "embedded" ones (the other settings apply).
 
-    Embedded rows have data_source "countdown" and the ground truth {"numbers": [...], "target": ...}.
-    Raises UserError as `formats.read_rows` and `countdown.puzzles` do.
+    An embedded row's data_source is its task, and its ground truth what the grader of that name wants.
+    Raises UserError as `formats.read_rows` and `embedded.puzzles` do.
     """
     if source != "embedded":
         return read_rows(source, question_column, answer_column)
-    found = countdown.puzzles(split, numbers=numbers, count=count, seed=seed, max_number=max_number)
+    task = TASKS[config.task]
     return [
-        Row(countdown.render(puzzle), countdown.ground_truth(puzzle), "countdown", {"split": split}) for puzzle in found
+        Row(task.render(puzzle), task.ground_truth(puzzle), config.task, {"split": split})
+        for puzzle in puzzles(config, split, count=count, seed=seed)
     ]
 
 

@@ -1,17 +1,19 @@
-"""The tokenizer of the embedded tiny model, built from this file alone.
+"""The tokenizer of the embedded tiny models, built from this file and the words of their task.
 
 Byte-level: every text encodes and decodes without loss. Numbers 0..99 and the words of the embedded prompts
 are single tokens, operators and parentheses too, so that prompts are short and an expression reads as one
-token per symbol. The folder loads with `transformers.AutoTokenizer.from_pretrained`.
+token per symbol, other words as one per letter. The folder loads with `transformers.AutoTokenizer.from_pretrained`.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+
+from policy_split_jax.data import countdown
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
-WORDS = (
-    *("Make", " from"),
+PROMPT_WORDS = (
     *("system", "user", "assistant"),
     *("High", "entropy", " mode", " explore", " be", " unusual"),
 )
@@ -33,14 +35,15 @@ CHAT_TEMPLATE = """\
 _PIECES = "[0-9]{1,2}| ?[A-Za-z]+|[^A-Za-z0-9]"
 
 
-def build_tiny_tokenizer(folder: str | Path) -> int:
+def build_tiny_tokenizer(folder: str | Path, task_words: Sequence[str] = countdown.WORDS) -> int:
     """Writes `tokenizer.json` and `tokenizer_config.json` (with the chat template) into `folder`.
 
-    Returns the vocabulary size, special tokens included; ids are dense from 0 and the same on every call.
+    `task_words` and those of the prompts are single tokens. Returns the vocabulary size, special tokens included; ids
+    are dense from 0 and the same on every call.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer()
+    tokenizer = _tokenizer(task_words)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -55,11 +58,11 @@ def build_tiny_tokenizer(folder: str | Path) -> int:
     return tokenizer.get_vocab_size(with_added_tokens=True)
 
 
-def _tokenizer():
+def _tokenizer(task_words: Sequence[str]):
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     # Without merges a piece is either one whole token or its bytes: no order of merges to get wrong.
-    tokenizer = Tokenizer(models.BPE(vocab=_vocabulary(), merges=[], ignore_merges=True))
+    tokenizer = Tokenizer(models.BPE(vocab=_vocabulary(task_words), merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
         [
             pre_tokenizers.Split(Regex(_PIECES), "isolated"),
@@ -71,12 +74,12 @@ def _tokenizer():
     return tokenizer
 
 
-def _vocabulary() -> dict[str, int]:
+def _vocabulary(task_words: Sequence[str]) -> dict[str, int]:
     """Bytes by value (in the printable alphabet of byte-level BPE), then numbers, then words."""
     byte_texts = _byte_alphabet()
     numbers = [str(number) for number in range(10, 100)]
     # "00".."09" are pieces of longer numbers only ("105"); leaving them out makes those read digit by digit.
-    words = ["".join(byte_texts[byte] for byte in word.encode()) for word in WORDS]
+    words = ["".join(byte_texts[byte] for byte in word.encode()) for word in (*task_words, *PROMPT_WORDS)]
     return {text: index for index, text in enumerate([*byte_texts, *numbers, *words])}
 
 

@@ -19,6 +19,7 @@ from policy_split_jax.commands import load_chosen, make_sampler, table_console
 from policy_split_jax.config import EMBEDDED
 from policy_split_jax.data.benchmarks import BENCHMARKS
 from policy_split_jax.data.dataset import load_rows
+from policy_split_jax.data.embedded import PuzzleConfig
 from policy_split_jax.data.formats import Row
 from policy_split_jax.errors import UserError
 from policy_split_jax.evaluation.evaluate import accuracy_intervals, answer, evaluation_metrics, make_scorer
@@ -99,14 +100,13 @@ def _data(options: argparse.Namespace) -> dict[str, Task]:
     count = options.questions or _QUESTIONS
     rows = load_rows(
         options.data,
+        PuzzleConfig(options.task, options.numbers, options.max_number, options.walls),
         question_column=options.question_column,
         answer_column=options.answer_column,
         split="test",
-        numbers=options.numbers,
         count=count,
-        max_number=options.max_number,
     )
-    grader = options.grader or ("countdown" if options.data == EMBEDDED else "math")
+    grader = options.grader or (options.task if options.data == EMBEDDED else "math")
     return {Path(options.data).stem: Task(rows[:count], grader)}
 
 

@@ -14,6 +14,7 @@ BUILT_IN = {
     "math": "policy_split_jax.rewards.maths",
     "prm800k": "policy_split_jax.rewards.prm800k",
     "released": "policy_split_jax.rewards.released",
+    "walk": "policy_split_jax.rewards.walk",
 }
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from policy_split_jax.errors import UserError
 from policy_split_jax.rewards.grading import BUILT_IN, Grade, GradeItem, load_grader
 
-INLINE = ("countdown", "exact", "letter")
+INLINE = ("countdown", "exact", "letter", "walk")
 CHUNK = 16
 START_LIMIT = 120.0
 

@@ -363,12 +363,11 @@ def _rows(config: RunConfig) -> tuple[list[Row], list[Row]]:
     def read(source: str, split: str, count: int) -> list[Row]:
         return load_rows(
             source,
+            data,
             question_column=data.question_column,
             answer_column=data.answer_column,
             split=split,
-            numbers=data.numbers,
             count=count,
-            max_number=data.max_number,
         )
 
     train_rows = read(data.train, "train", data.train_size)

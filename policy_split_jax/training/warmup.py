@@ -1,4 +1,4 @@
-"""How the embedded model is made: a random tiny Qwen3, taught part of the embedded task in both modes."""
+"""How an embedded model is made: a random tiny Qwen3, taught part of an embedded task in both modes."""
 
 import platform
 import random
@@ -18,8 +18,8 @@ import numpy as np
 import policy_split_jax
 from policy_split_jax import config as settings
 from policy_split_jax.config import EMBEDDED, SftConfig, WarmupConfig
-from policy_split_jax.data import countdown
 from policy_split_jax.data.dataset import load_rows
+from policy_split_jax.data.embedded import TASKS, puzzles
 from policy_split_jax.data.tiny_tokenizer import build_tiny_tokenizer
 from policy_split_jax.errors import UserError
 from policy_split_jax.evaluation.evaluate import evaluate, make_scorer
@@ -42,7 +42,7 @@ _WRONG_ANSWERS = 8
 
 
 class Lesson(NamedTuple):
-    """A question under both modes' prompts, all of its answers, and some answers to other questions."""
+    """A question under both modes' prompts, right answers, and some wrong ones."""
 
     prompts: tuple[list[int], list[int]]
     answers: list[list[int]]
@@ -59,7 +59,7 @@ def warm_up(config: SftConfig, start: qwen3.Params | None = None) -> Path:
         raise UserError(f"{output}: exists already; choose another output=... or remove it")
     prompts = settings.mode_prompts(config.prompt)
     with tempfile.TemporaryDirectory() as scratch:
-        vocab_size = build_tiny_tokenizer(scratch)
+        vocab_size = build_tiny_tokenizer(scratch, TASKS[config.data.task].WORDS)
         tokenizer = huggingface.load_tokenizer(Path(scratch))
         model = qwen3.Qwen3Config(vocab_size=vocab_size, **asdict(config.size))
         params = start if start is not None else qwen3.init_params(model, jax.random.key(config.train.seed))
@@ -85,27 +85,22 @@ def warm_up(config: SftConfig, start: qwen3.Params | None = None) -> Path:
 
 
 def _lessons(config: SftConfig, tokenizer: Any, prompts: ModePrompts) -> list[Lesson]:
-    puzzles = countdown.puzzles(
-        "train",
-        numbers=config.data.numbers,
-        count=config.data.train_size,
-        seed=0,
-        max_number=config.data.max_number,
-    )
+    task = TASKS[config.data.task]
+    shown = puzzles(config.data, "train", count=config.data.train_size)
     end = [tokenizer.eos_token_id]
 
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"]) + end
 
-    rendered = render_both(tokenizer, [countdown.render(puzzle) for puzzle in puzzles], prompts)
+    rendered = render_both(tokenizer, [task.render(puzzle) for puzzle in shown], prompts)
     wrong = _WRONG_ANSWERS if config.train.wrong_fraction else 0
     return [
         Lesson(
             both,
-            [encode(answer) for answer in countdown.solutions(puzzle.numbers, puzzle.target)],
-            [encode(answer) for answer in _wrong_answers(puzzle, wrong)],
+            [encode(answer) for answer in task.right_answers(puzzle)],
+            [encode(answer) for answer in task.wrong_answers(puzzle, wrong)],
         )
-        for both, puzzle in zip(rendered, puzzles, strict=True)
+        for both, puzzle in zip(rendered, shown, strict=True)
     ]
 
 
@@ -132,17 +127,9 @@ def _batches(lessons: Sequence[Lesson], config: SftConfig) -> Iterator[SftBatch]
 
 
 def _answer(lesson: Lesson, config: WarmupConfig, draw: random.Random) -> list[int]:
-    """Any of the question's answers, or now and then an answer to another question."""
+    """Any of the question's right answers, or now and then a wrong one."""
     wrong = lesson.wrong and draw.random() < config.wrong_fraction
     return draw.choice(lesson.wrong if wrong else lesson.answers)
-
-
-def _wrong_answers(puzzle: countdown.Puzzle, count: int) -> list[str]:
-    """Expressions over the puzzle's numbers that reach other targets, at most `count`; the same on every call."""
-    draw = random.Random(f"wrong answers {countdown.render(puzzle)}")
-    reachable = countdown.reachable(tuple(sorted(puzzle.numbers)))
-    others = [target for target in reachable if target != puzzle.target]
-    return [draw.choice(reachable[target]) for target in draw.sample(others, min(count, len(others)))]
 
 
 def _train(
@@ -170,15 +157,9 @@ def _train(
 def _evaluate(config: SftConfig, folder: Path, params: qwen3.Params) -> dict[str, Any]:
     """Accuracy and entropy of both modes on test puzzles."""
     policy = load_policy(folder)
-    rows = load_rows(
-        EMBEDDED,
-        split="test",
-        numbers=config.data.numbers,
-        count=config.eval.questions,
-        max_number=config.data.max_number,
-    )
+    rows = load_rows(EMBEDDED, config.data, split="test", count=config.eval.questions)
     sampler = Sampler(EngineConfig(policy.config, policy.stop_ids, slots=64), max_prompt_tokens=64)
-    with GraderPool("countdown") as pool, RunDisplay(1, 0) as display:
+    with GraderPool(config.data.task) as pool, RunDisplay(1, 0) as display:
         row, _, _ = evaluate(
             params,
             policy,

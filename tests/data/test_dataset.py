@@ -4,8 +4,9 @@ from itertools import chain
 
 import pytest
 
-from policy_split_jax.data import countdown
+from policy_split_jax.data import countdown, walk
 from policy_split_jax.data.dataset import load_rows, make_iterator, restore_state, state_to_json
+from policy_split_jax.data.embedded import PuzzleConfig
 from policy_split_jax.data.formats import Row
 from policy_split_jax.errors import UserError
 
@@ -70,12 +71,20 @@ def test_a_batch_of_all_rows_is_an_epoch():
 
 
 def test_embedded_rows():
-    rows = load_rows("embedded", split="test", numbers=(3, 4), count=20, seed=7)
+    rows = load_rows("embedded", PuzzleConfig(numbers=(3, 4)), split="test", count=20, seed=7)
     puzzles = countdown.puzzles("test", numbers=(3, 4), count=20, seed=7)
     assert [row.question for row in rows] == [countdown.render(puzzle) for puzzle in puzzles]
     for row, puzzle in zip(rows, puzzles, strict=True):
         assert row.ground_truth == {"numbers": list(puzzle.numbers), "target": puzzle.target}
         assert (row.data_source, row.extra_info) == ("countdown", {"split": "test"})
+
+
+def test_embedded_rows_of_the_other_task():
+    rows = load_rows("embedded", PuzzleConfig("walk", walls=(2, 5)), split="test", count=20, seed=7)
+    puzzles = walk.puzzles("test", walls=(2, 5), count=20, seed=7)
+    assert [row.question for row in rows] == [walk.render(puzzle) for puzzle in puzzles]
+    assert [row.ground_truth for row in rows] == [walk.ground_truth(puzzle) for puzzle in puzzles]
+    assert {row.data_source for row in rows} == {"walk"}
 
 
 def test_rows_of_a_file(tmp_path):

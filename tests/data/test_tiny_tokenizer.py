@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from policy_split_jax.data import walk
 from policy_split_jax.data.tiny_tokenizer import build_tiny_tokenizer
 
 HIGH_ENTROPY = "High-entropy mode: explore, be unusual."
@@ -79,6 +80,14 @@ def test_operators_never_merge_with_digits(tokenizer):
         "7",
     ]
     assert pieces(tokenizer, "((2*3))") == ["(", "(", "2", "*", "3", ")", ")"]
+
+
+def test_words_of_another_task(tmp_path):
+    assert build_tiny_tokenizer(tmp_path, walk.WORDS) == 361
+    other = AutoTokenizer.from_pretrained(tmp_path)
+    assert pieces(other, "Walk 11 to 45 around 23.") == ["Walk", " ", "11", " to", " ", "45", " around", " ", "23", "."]
+    assert pieces(other, "DDRRUL") == ["D", "D", "R", "R", "U", "L"]
+    assert "Make" not in pieces(other, "Make")
 
 
 def test_prompts_are_short(tokenizer):

@@ -240,6 +240,16 @@ def test_countdown_and_exact_are_graded_without_processes():
         assert pool.grade([GradeItem("a", "a"), GradeItem("b", "a")]) == [Grade(1.0, "a"), Grade(0.0, "b")]
 
 
+def test_walks_are_graded_without_processes():
+    truth = {"start": 11, "goal": 22, "walls": [12], "most": 4}
+    with GraderPool("walk") as pool:
+        grades = pool.grade([GradeItem("DR", truth), GradeItem("rd", truth), GradeItem("DR", {}), GradeItem("", truth)])
+        assert pool._workers == []
+    assert grades[:2] == [Grade(1.0, "DR"), Grade(0.0, "RD")]
+    assert "KeyError" in (grades[2].error or "")
+    assert grades[3] == Grade(0.0, None)
+
+
 def test_math_is_graded_in_workers_and_a_bomb_is_stopped():
     bomb = r"\boxed{\sum_{n=1}^{\infty} \frac{1}{n^{9^{9^{9}}}} + 9^{9^{9^{9}}}}"
     with GraderPool("math", workers=1, time_limit=2.0) as pool:

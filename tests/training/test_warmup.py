@@ -1,23 +1,30 @@
 """How the embedded model is made: its lessons, and the folder that comes out."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
 from policy_split_jax import config as settings
-from policy_split_jax.config import SftConfig
-from policy_split_jax.data import countdown
+from policy_split_jax.config import LessonConfig, SftConfig
+from policy_split_jax.data import countdown, walk
+from policy_split_jax.data.tiny_tokenizer import build_tiny_tokenizer
 from policy_split_jax.errors import UserError
 from policy_split_jax.model import huggingface, qwen3
 from policy_split_jax.policy import load_policy
 from policy_split_jax.rewards.countdown import evaluate
-from policy_split_jax.training.warmup import _batches, _lessons, _wrong_answers, warm_up
+from policy_split_jax.rewards.walk import score
+from policy_split_jax.training.warmup import _batches, _lessons, warm_up
 
 PUZZLE = countdown.Puzzle((26, 29, 10), 45)
 OTHERS = [13, 30, 65]
 SIGNS = str.maketrans("+-*/", "    ")
+
+
+def walk_recipe(output, **train) -> SftConfig:
+    return replace(recipe(output, **train), data=LessonConfig("walk", walls=(4,), train_size=40))
 
 
 def recipe(output, **train) -> SftConfig:
@@ -35,8 +42,6 @@ def recipe(output, **train) -> SftConfig:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    from policy_split_jax.data.tiny_tokenizer import build_tiny_tokenizer
-
     folder = tmp_path_factory.mktemp("tokenizer")
     build_tiny_tokenizer(folder)
     return huggingface.load_tokenizer(folder)
@@ -57,13 +62,13 @@ def shown(config, tokenizer, batches):
 
 def test_wrong_answers_use_the_numbers_and_miss_the_target():
     # 26, 29 and 10 reach three more targets between 10 and 99: 13, 30 and 65.
-    answers = _wrong_answers(PUZZLE, 8)
+    answers = countdown.wrong_answers(PUZZLE, 8)
     assert sorted(evaluate(answer) for answer in answers) == OTHERS
     for answer in answers:
         used = sorted(int(number) for number in answer.replace("(", " ").replace(")", " ").translate(SIGNS).split())
         assert used == sorted(PUZZLE.numbers)
-    assert answers == _wrong_answers(PUZZLE, 8)
-    assert len(_wrong_answers(PUZZLE, 2)) == 2
+    assert answers == countdown.wrong_answers(PUZZLE, 8)
+    assert len(countdown.wrong_answers(PUZZLE, 2)) == 2
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.25])
@@ -75,6 +80,33 @@ def test_the_share_of_wrong_answers_and_of_high_entropy_prompts(fraction, tokeni
     # 1,600 draws: five standard deviations are 0.055 and 0.063.
     assert wrong == pytest.approx(fraction, abs=0.055 if fraction else 0)
     assert high_entropy == pytest.approx(0.5, abs=0.063)
+
+
+def test_lessons_of_the_other_task(tmp_path):
+    config = walk_recipe(tmp_path / "out", wrong_fraction=0.1)
+    build_tiny_tokenizer(tmp_path, walk.WORDS)
+    tokenizer = huggingface.load_tokenizer(tmp_path)
+    puzzles = walk.puzzles("train", walls=(4,), count=40, seed=0)
+    for lesson, puzzle in zip(_lessons(config, tokenizer, settings.mode_prompts(config.prompt)), puzzles, strict=True):
+        normal, high_entropy = lesson.prompts
+        assert walk.render(puzzle) in tokenizer.decode(normal)
+        assert (len(normal), len(high_entropy)) == (27, 37)
+        assert {rewarded(tokenizer, puzzle, answer) for answer in lesson.answers} == {1.0}
+        assert {rewarded(tokenizer, puzzle, answer) for answer in lesson.wrong} == {0.0}
+        assert max(map(len, lesson.answers)) <= 10  # nine moves and the end
+
+
+def rewarded(tokenizer, puzzle, answer):
+    return score(tokenizer.decode(answer, skip_special_tokens=True), walk.ground_truth(puzzle))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_folder_of_the_other_task(tmp_path):
+    folder = warm_up(walk_recipe(tmp_path / "model"))
+    assert "Walk" in load_policy(folder).tokenizer.get_vocab()
+    recorded = json.loads((folder / "provenance.json").read_text())
+    assert recorded["config"]["data"]["task"] == "walk"
+    assert recorded["evaluation"]["accuracy/normal"] is not None
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -13,4 +13,6 @@ if [[ $# -eq 0 ]]; then
   ruff check .
   pyright
 fi
+# Pictures of the pages, where there is a browser to take them.
+export POLICY_SPLIT_SCREENSHOTS="${POLICY_SPLIT_SCREENSHOTS:-$PWD/build/screenshots}"
 exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

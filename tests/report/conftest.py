@@ -1,6 +1,7 @@
 """A headless browser, spoken to over its DevTools pipe, which needs no package and opens no port."""
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -27,25 +28,25 @@ FLAGS = (
 SECONDS = 60
 
 
+def _moved(descriptor: int) -> int:
+    moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 10)
+    os.close(descriptor)
+    return moved
+
+
 class Browser:
     """One tab. `console` collects errors, warnings and exceptions, by text."""
 
     def __init__(self, program: str, profile: Path):
         theirs_in, self._out = os.pipe()
         self._in, theirs_out = os.pipe()
-
-        # The browser reads from descriptor 3 and writes to 4; the pipes may have those numbers here.
-        def arrange() -> None:
-            given, taken = os.dup(theirs_in), os.dup(theirs_out)
-            given, taken = (os.dup(end) if end < 5 else end for end in (given, taken))
-            given, taken = (os.dup(end) if end < 5 else end for end in (given, taken))
-            os.dup2(given, 3)
-            os.dup2(taken, 4)
-
+        # The browser reads from descriptor 3 and writes to 4. A shell puts the pipes there: with a function of Python
+        # in between, JAX would warn of a fork. Copies from 10 on are in nobody's way.
+        theirs_in, theirs_out = (_moved(end) for end in (theirs_in, theirs_out))
+        command = [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
         self._process = subprocess.Popen(
-            [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
-            preexec_fn=arrange,
-            close_fds=False,
+            ["bash", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "bash", *command],
+            pass_fds=(theirs_in, theirs_out),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

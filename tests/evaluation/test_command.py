@@ -201,15 +201,14 @@ def test_benchmarks_are_sampled_as_in_the_paper(benchmarks, tmp_path, capsys):
     assert settings["questions of mmlu_pro"]["grader"] == "letter"
     assert list(found["benchmarks"]) == ["math500", "aime24", "aime25", "mmlu_pro"]
     assert [row["questions"] for row in found["benchmarks"].values()] == [2, 1, 1, 1]
-    lengths = {name: row["response_length/normal"] for name, row in found["benchmarks"].items()}
-    # Both exams of AIME are one of the three benchmarks.
-    aime = (lengths["aime24"] + lengths["aime25"]) / 2
-    assert found["mean"]["response_length/normal"] == pytest.approx(
-        (lengths["math500"] + aime + lengths["mmlu_pro"]) / 3
-    )
+    entropy = {name: row["entropy/normal"] for name, row in found["benchmarks"].items()}
+    # Both exams of AIME are one of the three benchmarks; their answers are cut off at the same length.
+    assert found["mean"]["truncated/normal"] == 1
+    three = (entropy["math500"], (entropy["aime24"] + entropy["aime25"]) / 2, entropy["mmlu_pro"])
+    assert found["mean"]["entropy/normal"] == pytest.approx(sum(three) / 3)
     assert found["mean"]["questions"] == 5
     shown = capsys.readouterr().out
-    for name in (*lengths, "mean"):
+    for name in (*entropy, "mean"):
         assert shown.count(f"│ {name} ") == 2
 
 

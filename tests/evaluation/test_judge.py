@@ -210,6 +210,13 @@ def test_what_was_judged_is_not_asked_again(answers, capsys):
     assert len(endpoint.seen) == 4
 
 
+def test_a_refusal_ends_all(answers):
+    answers.write_text((json.dumps(ANSWERS[0]) + "\n") * 100)
+    with Endpoint(lambda body, number: (401, "no such key")) as endpoint:
+        assert main(arguments(answers, endpoint.url, "--concurrency", "1")) == 2
+    assert len(endpoint.seen) < 100
+
+
 def test_an_endpoint_that_is_not_there_is_named(answers, monkeypatch, capsys):
     from policy_split_jax.evaluation import judge
 

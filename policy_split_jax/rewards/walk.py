@@ -14,7 +14,7 @@ from policy_split_jax.rewards.answers import after_think, last_boxed, last_line
 
 MAX_LENGTH = 200
 
-_MOVES = re.compile("[UDLR]+", re.IGNORECASE | re.ASCII)
+_MOVES = re.compile("[UDLR]+", re.IGNORECASE)
 
 
 def score(response: str, ground_truth: Mapping[str, Any]) -> float:

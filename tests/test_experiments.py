@@ -102,3 +102,14 @@ def test_prompts_are_told_apart():
     text = tables.prompts([{"seed": seed, "prompt": "Low-entropy mode.", "figures": figures} for seed in range(3)])
     assert text.splitlines()[2].startswith("| unseen, asks for the opposite | Low-entropy mode. | 3 | 0.250 ± 0.000 |")
     assert len(text.splitlines()) == 3
+
+
+def test_the_walk_is_that_of_its_configuration():
+    """But for what all runs of the experiments have in common."""
+    job = Run("walk", "Policy Split", 4e-4, 0).job()
+    found = load(RunConfig, job.config, [f"{key}={value}" for key, value in job.settings.items()])
+    own = load(RunConfig, "configs/walk.yaml")
+    for section in ("model", "data", "reward", "advantage", "eta", "loss"):
+        assert getattr(found, section) == getattr(own, section)
+    assert found.rollout.max_prompt_tokens == own.rollout.max_prompt_tokens
+    assert found.rollout.max_new_tokens == own.rollout.max_new_tokens

@@ -7,8 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from jobs import FIGURES as COMMON
-from jobs import Job, ended, evaluate
+from jobs import BEST, MAIN, Job, ended, evaluate
 
 from policy_split_jax import config
 from policy_split_jax.report.runs import read_run
@@ -84,15 +83,16 @@ PROMPTS = {
 }
 """System prompts under which the trained high-entropy mode is evaluated."""
 
-FIGURES = COMMON | {
+EXPLORING = BEST | {
     "4 + 4 of both": "pass@8/both",
-    "8 + 8 of both": "best_of_k/both",
+    "best of 16, 8 + 8 of both": "best_of_k/both",
     "distinct right, normal": "distinct_correct/normal",
     "distinct right, HE": "distinct_correct/high_entropy",
     "distinct right, both": "distinct_correct/both",
     "solved by HE alone": "only_high_entropy_solved",
-    "KL(N‖HE)": "kl/normal_to_high_entropy",
 }
+FIGURES = MAIN | EXPLORING | {"KL(N‖HE)": "kl/normal_to_high_entropy"}
+"""What is kept of an evaluation."""
 COSTS = ("time/rollout", "time/reward", "time/update", "time/step", "tokens/rollout")
 
 

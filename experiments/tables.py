@@ -1,15 +1,18 @@
 """The tables of docs/results.md, from the results of runs: means over seeds, 95 % t-intervals, paired tests."""
 
 from collections.abc import Mapping, Sequence
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
+import numpy as np
+from jobs import MAIN
 from scipy import stats
 from study import (
     ABLATION_RATE,
     ABLATION_TASK,
     ABLATIONS,
     COSTS,
+    EXPLORING,
     METHODS,
     PROMPTS,
     SPLIT,
@@ -18,26 +21,11 @@ from study import (
     best_rate,
 )
 
+from policy_split_jax.report.groups import t_half_width
+
 Row = dict[str, float]
 
 ACCURACY = "accuracy/normal"
-MAIN = {
-    "accuracy, normal": ACCURACY,
-    "accuracy, HE": "accuracy/high_entropy",
-    "entropy, normal": "entropy/normal",
-    "entropy, HE": "entropy/high_entropy",
-    "KL(HE‖N)": "kl/high_entropy_to_normal",
-}
-EXPLORING = {
-    "best of 8, normal": "best_of_k/normal",
-    "best of 8, HE": "best_of_k/high_entropy",
-    "4 + 4 of both": "pass@8/both",
-    "best of 16, 8 + 8 of both": "best_of_k/both",
-    "distinct right, normal": "distinct_correct/normal",
-    "distinct right, HE": "distinct_correct/high_entropy",
-    "distinct right, both": "distinct_correct/both",
-    "solved by HE alone": "only_high_entropy_solved",
-}
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -50,8 +38,7 @@ def cell(values: Sequence[float]) -> str:
     """The mean, and half of its 95 % t-interval."""
     if len(values) < 2:
         return f"{mean(values):.3f}"
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-    return f"{mean(values):.3f} ± {half:.3f}"
+    return f"{mean(values):.3f} ± {t_half_width(np.array(values)[:, None])[0]:.3f}"
 
 
 def evaluations(results: Results, task: str, variant: str, rate: float) -> dict[int, list[Row]]:

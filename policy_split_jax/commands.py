@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from policy_split_jax import config as settings
 from policy_split_jax.config import EMBEDDED, RunConfig, SftConfig
-from policy_split_jax.data.formats import Row, question_of, read_records
+from policy_split_jax.data.formats import Row, question_of, read_records, rows_of
 from policy_split_jax.errors import UserError
 from policy_split_jax.files import check_output, whole_file, write_json
 from policy_split_jax.model import huggingface, qwen3
@@ -99,10 +99,7 @@ def sample(options: argparse.Namespace) -> None:
 
 
 def _questions(path: Path) -> list[Row]:
-    rows = [Row(question_of(place, record), None, "prompts") for place, record in read_records(path)]
-    if not rows:
-        raise UserError(f"{path}: holds no rows; give a file with at least one question")
-    return rows
+    return rows_of(path, lambda place, record: Row(question_of(place, record), None, "prompts"))
 
 
 def _converse(answer: Any, key: jax.Array) -> None:

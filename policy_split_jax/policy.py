@@ -13,7 +13,7 @@ from policy_split_jax.model import huggingface
 from policy_split_jax.model.qwen3 import Params, Qwen3Config
 from policy_split_jax.modes import ModePrompts, decode_response
 from policy_split_jax.padding import TokenRow
-from policy_split_jax.serving.text import TextStream
+from policy_split_jax.text_stream import TextStream
 
 PROMPTS_FILE = "policy_split.json"
 """Beside a model's own files: the prompts that its modes were trained with."""

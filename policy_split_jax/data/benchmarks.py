@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from policy_split_jax.data.formats import Row, check_text, read_records
+from policy_split_jax.data.formats import Row, check_text, rows_of
 from policy_split_jax.errors import UserError
 
 _MATHS = "Reason step by step, and put the final answer within \\boxed{}."
@@ -36,7 +36,7 @@ def math500(path: Path) -> list[Row]:
         kept = _kept(record, "unique_id", "subject", "level")
         return Row(f"{_text(place, record, 'problem')}\n{_MATHS}", answer, "math500", kept)
 
-    return _rows(path, row)
+    return rows_of(path, row)
 
 
 def aime24(path: Path) -> list[Row]:
@@ -66,7 +66,7 @@ def gpqa_diamond(path: Path) -> list[Row]:
         kept = _kept(record, "Record ID", "High-level domain", "Subdomain")
         return Row(_multiple_choice(question, shuffled), letter, "gpqa_diamond", kept)
 
-    return _rows(path, row)
+    return rows_of(path, row)
 
 
 def mmlu_pro(path: Path) -> list[Row]:
@@ -91,7 +91,7 @@ def mmlu_pro(path: Path) -> list[Row]:
         kept = _kept(record, "question_id", "category")
         return Row(_multiple_choice(question, options), answer, "mmlu_pro", kept)
 
-    return _rows(path, row)
+    return rows_of(path, row)
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,6 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 }
 
 
-def _rows(path: Path, row: Callable[[str, Record], Row]) -> list[Row]:
-    rows = [row(place, record) for place, record in read_records(path)]
-    if not rows:
-        raise UserError(f"{path}: holds no rows; give a file with at least one question")
-    return rows
-
-
 def _aime(path: Path, name: str) -> list[Row]:
     def row(place: str, record: Record) -> Row:
         problem = _text(place, record, "problem", "Problem", "question")
@@ -129,7 +122,7 @@ def _aime(path: Path, name: str) -> list[Row]:
             raise UserError(f"{place}: the answer is {answer!r}; those of AIME are integers from 0 to 999")
         return Row(f"{problem}\n{_MATHS}", str(int(found[1])), name, _kept(record, "id", "ID"))
 
-    return _rows(path, row)
+    return rows_of(path, row)
 
 
 def _multiple_choice(question: str, choices: Sequence[str]) -> str:

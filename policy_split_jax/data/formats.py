@@ -3,7 +3,7 @@
 import codecs
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,12 @@ def read_rows(path: str | Path, question_column: str = "question", answer_column
     Raises UserError, naming the file, the line or row (from 1) and the remedy, for whatever does not fit.
     """
     path = Path(path)
-    rows = [_row(place, path.stem, record, question_column, answer_column) for place, record in read_records(path)]
+    return rows_of(path, lambda place, record: _row(place, path.stem, record, question_column, answer_column))
+
+
+def rows_of(path: Path, row: Callable[[str, dict[str, Any]], Row]) -> list[Row]:
+    """What `row` makes of each record and of its place. Raises UserError where there is none."""
+    rows = [row(place, record) for place, record in read_records(path)]
     if not rows:
         raise UserError(f"{path}: holds no rows; give a file with at least one question")
     return rows

@@ -1,7 +1,6 @@
 """Evaluation of both modes: what the graders say, and what the two distributions look like."""
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -329,6 +328,11 @@ def evaluation_metrics(groups: Sequence[Graded], tokens: Sequence[TokenSums], k:
     return row | outcome_metrics(groups) | pass_metrics(groups, k) | distribution_metrics(*tokens)
 
 
+def scored_metrics(groups: Sequence[Group], scores: Sequence[GroupScores], k: int) -> Row_:
+    """The same of groups that `answer` made."""
+    return evaluation_metrics(groups, [token_sums(groups, scores, mode) for mode in (NORMAL, HIGH_ENTROPY)], k)
+
+
 def accuracy_intervals(strata: Sequence[Sequence[Graded]]) -> Row_:
     """95 % bootstrap intervals over questions of each mode's accuracy, and of what the high-entropy mode has more.
 
@@ -345,29 +349,6 @@ def accuracy_intervals(strata: Sequence[Sequence[Graded]]) -> Row_:
         low, high = metrics.stratified_interval(values)
         row |= {f"accuracy{name}/low": low, f"accuracy{name}/high": high}
     return row
-
-
-def evaluate(
-    params: qwen3.Params,
-    policy: Policy,
-    sampler: Sampler,
-    scorer: Scorer,
-    pool: GraderPool,
-    rows: Sequence[Row],
-    *,
-    k: int,
-    key: Key[Array, ""],
-    sampling: Sampling,
-    progress: Progress = no_progress,
-) -> tuple[Row_, list[Group], list[GroupScores]]:
-    """Samples, grades and scores k answers to every question in both modes; one row of metrics."""
-    started = time.perf_counter()
-    groups, scores = answer(
-        params, policy, sampler, scorer, pool, rows, k=k, key=key, sampling=sampling, progress=progress
-    )
-    row = evaluation_metrics(groups, [token_sums(groups, scores, mode) for mode in (NORMAL, HIGH_ENTROPY)], k)
-    row["time/eval"] = time.perf_counter() - started
-    return row, groups, scores
 
 
 def answer(

@@ -105,10 +105,16 @@ def average_of_seeds(seeds: Sequence[Mapping[int, float]]) -> Average | None:
     mean = values.mean(axis=0)
     if len(seeds) < T_INTERVAL_SEEDS:
         return Average(np.array(steps), mean, values.min(axis=0), values.max(axis=0))
+    half = t_half_width(values)
+    return Average(np.array(steps), mean, mean - half, mean + half)
+
+
+def t_half_width(values: Float[np.ndarray, "seeds n"]) -> Float[np.ndarray, "n"]:
+    """Half the width of the 95 % t-interval of the mean over two seeds or more."""
     from scipy.special import stdtrit
 
-    half = float(stdtrit(len(seeds) - 1, 0.975)) * values.std(axis=0, ddof=1) / math.sqrt(len(seeds))
-    return Average(np.array(steps), mean, mean - half, mean + half)
+    seeds = len(values)
+    return float(stdtrit(seeds - 1, 0.975)) * values.std(axis=0, ddof=1) / math.sqrt(seeds)
 
 
 def band_words(seeds: int) -> str:

@@ -220,8 +220,8 @@ def _change(group: RunGroup, key: str | None, percent: bool) -> str:
         return f"<b>{_value(last, percent)}</b>"
     if first is None or last is None:
         return f"{_value(first, percent)} → <b>{_value(last, percent)}</b>"
-    sign, size = "−" if last.mean < first.mean else "+", Figure(abs(last.mean - first.mean), None)
-    difference = f"{100 * size.mean:.1f} points" if percent else _value(size, percent)
+    sign, size = "−" if last.mean < first.mean else "+", abs(last.mean - first.mean)
+    difference = f"{_percent(size)} points" if percent else _plain(size)
     return f"{_value(first, percent)} → <b>{_value(last, percent)}</b><small>{sign}{difference}</small>"
 
 

@@ -37,7 +37,7 @@ from policy_split_jax.serving.requests import (
     mode_of,
 )
 from policy_split_jax.serving.service import EngineService, EngineStopped, Job
-from policy_split_jax.serving.text import TextStream
+from policy_split_jax.text_stream import TextStream
 
 _Body = TypeVar("_Body", bound=BaseModel)
 _Result = TypeVar("_Result")

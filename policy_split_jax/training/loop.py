@@ -25,10 +25,11 @@ from policy_split_jax.dump import dump_rows
 from policy_split_jax.errors import UserError
 from policy_split_jax.evaluation.evaluate import (
     Scorer,
-    evaluate,
+    answer,
     make_scorer,
     outcome_metrics,
     sample_rows,
+    scored_metrics,
     scored_sample_rows,
 )
 from policy_split_jax.files import whole_file, write_json
@@ -120,7 +121,8 @@ class Trainer:
         """Both modes on the test questions."""
         chosen = self.config.eval
         with self.display.phase("evaluate", len(self.test_rows) * 2 * chosen.k) as progress:
-            row, groups, scores = evaluate(
+            started = time.perf_counter()
+            groups, scores = answer(
                 self.state.params,
                 self.policy,
                 self.sampler,
@@ -137,6 +139,7 @@ class Trainer:
                 ),
                 progress=progress,
             )
+            row = scored_metrics(groups, scores, chosen.k) | {"time/eval": time.perf_counter() - started}
         self._log("eval", step, row, scored_sample_rows(groups[:8], scores[:8], self.policy.pieces))
         self.display.evaluation(step, row)
 

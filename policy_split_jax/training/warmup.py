@@ -22,7 +22,7 @@ from policy_split_jax.data.dataset import load_rows
 from policy_split_jax.data.embedded import TASKS, puzzles
 from policy_split_jax.data.tiny_tokenizer import build_tiny_tokenizer
 from policy_split_jax.errors import UserError
-from policy_split_jax.evaluation.evaluate import evaluate, make_scorer
+from policy_split_jax.evaluation.evaluate import answer, make_scorer, scored_metrics
 from policy_split_jax.files import write_json
 from policy_split_jax.model import huggingface, qwen3
 from policy_split_jax.modes import ModePrompts, render_both
@@ -160,7 +160,7 @@ def _evaluate(config: SftConfig, folder: Path, params: qwen3.Params) -> dict[str
     rows = load_rows(EMBEDDED, config.data, split="test", count=config.eval.questions)
     sampler = Sampler(EngineConfig(policy.config, policy.stop_ids, slots=64), max_prompt_tokens=64)
     with GraderPool(config.data.task) as pool, RunDisplay(1, 0) as display:
-        row, _, _ = evaluate(
+        groups, scores = answer(
             params,
             policy,
             sampler,
@@ -171,6 +171,7 @@ def _evaluate(config: SftConfig, folder: Path, params: qwen3.Params) -> dict[str
             key=jax.random.key(config.eval.seed),
             sampling=Sampling(_MAX_NEW_TOKENS),
         )
+        row = scored_metrics(groups, scores, config.eval.k)
         display.console.print(evaluation_table(row))
     return row
 

@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from policy_split_jax.serving.text import TextStream
+from policy_split_jax.text_stream import TextStream
 
 STOP = 151645  # <|im_end|>
 

@@ -18,8 +18,8 @@ _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECON
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0, 2 for bad input, 130 when interrupted, and 1 for a plan that does not fit
-    or a comparison that fails."""
+    """Entry point; returns the exit code: 0, 2 for bad input, 130 when interrupted, 143 after SIGTERM, and 1 for a plan
+    that does not fit or a comparison that fails."""
     options = _parse(arguments)
     # Models are local folders; nothing is ever looked up on a hub.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from absl import logging
 
     from policy_split_jax import commands
+    from policy_split_jax.training.stop import Stopped
 
     # The checkpoint library warns where it is asked to read only.
     logging.set_verbosity(logging.ERROR)
@@ -63,6 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
+    except Stopped as stopped:
+        saved = f"after step {stopped.step}, which is saved; the same command goes on from there"
+        print(f"policy-split: stopped {saved if stopped.step else 'before the first step'}", file=sys.stderr)
+        return stopped.exit_code
     except OSError as error:
         # A full disk, a folder without permission: nothing that a traceback would explain.
         place = f"{error.filename}: " if error.filename else ""

@@ -18,6 +18,7 @@ from policy_split_jax.objective.advantages import AdvantageConfig
 from policy_split_jax.objective.baselines import BaselineConfig, Objective, trained_modes
 from policy_split_jax.objective.eta import EtaConfig
 from policy_split_jax.objective.losses import Aggregate
+from policy_split_jax.training.guard import GuardConfig
 
 EMBEDDED = "embedded"
 EMBEDDED_WALK = "embedded-walk"
@@ -311,6 +312,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
         questions = self.rollout.questions_per_step

@@ -1,5 +1,6 @@
 """A model folder as a policy: configuration, tokenizer, stop tokens and the prompts of both modes."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +32,16 @@ class Policy:
     tokenizer: Any
     stop_ids: tuple[int, ...]
     prompts: ModePrompts
+
+    @property
+    def digest(self) -> str:
+        """Of the files that say what the weights and token ids mean; the same in every copy."""
+        found = hashlib.sha256()
+        for name in (*huggingface.TOKENIZER_FILES, "config.json"):
+            if (self.folder / name).is_file():
+                content = (self.folder / name).read_bytes()
+                found.update(f"{name} {len(content)} ".encode() + content)
+        return found.hexdigest()
 
     def text(self, tokens: TokenRow) -> str:
         """A rollout's text, without its stop token."""

@@ -6,6 +6,7 @@ for its own devices. Only grading is divided, and only the first process writes 
 
 import glob
 import importlib.util
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from policy_split_jax.errors import UserError
 
 _PIECE = 1 << 26
 """Bytes that one process sends at once."""
+_LOOKS = itertools.count(1 << 24)
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,20 @@ def _has_tpu(environment: Mapping[str, str]) -> bool:
     return wanted and present and importlib.util.find_spec("libtpu") is not None
 
 
+def several() -> bool:
+    """Whether this run has more than one process."""
+    return jax.process_count() > 1
+
+
+def asked_to_stop() -> bool:
+    """Whether some process of several got SIGTERM, of which JAX tells all of them; True at the same call in each.
+
+    All must call it equally often: the call at which it is True is one that none of them has reached before.
+    """
+    # Checkpoints are asked about under their steps' numbers, which these do not touch.
+    return multihost_utils.reached_preemption_sync_point(next(_LOOKS))
+
+
 def is_first() -> bool:
     """Whether this process writes what the run writes and shows."""
     return jax.process_index() == 0
@@ -77,7 +93,7 @@ def is_first() -> bool:
 
 def wait_for_all(what: str) -> None:
     """Returns when every process has come here."""
-    if jax.process_count() > 1:
+    if several():
         multihost_utils.sync_global_devices(what)
 
 

@@ -54,11 +54,19 @@ class EtaState(NamedTuple):
     eta: Float[Array, ""]
     kl: Float[Array, ""]
     """Running mean of the measured divergence (nats per token); negative before the first step."""
+    limit: Float[Array, ""]
+    """η never rises above this either; infinite until `lowered`."""
 
 
 def init_eta(eta: float) -> EtaState:
     """Starts at the configured η, with nothing measured."""
-    return EtaState(jnp.float32(eta), jnp.float32(-1.0))
+    return EtaState(jnp.float32(eta), jnp.float32(-1.0), jnp.float32(jnp.inf))
+
+
+def lowered(state: EtaState) -> EtaState:
+    """Half of η, for good: what the modes did at the old one was too much."""
+    half = state.eta / 2
+    return state._replace(eta=half, limit=half)
 
 
 def next_eta(state: EtaState, measured: Float[Array, ""], config: EtaConfig) -> EtaState:
@@ -72,11 +80,12 @@ def next_eta(state: EtaState, measured: Float[Array, ""], config: EtaConfig) -> 
     first = state.kl < 0
     kl = jnp.where(first, measured, config.smoothing * state.kl + (1 - config.smoothing) * measured)
     if config.schedule == "constant":
-        return EtaState(state.eta, kl)
+        return state._replace(kl=kl)
     error = _error(kl, config.target_kl)
     change = jnp.where(first, 0.0, error - _error(state.kl, config.target_kl))
     eta = state.eta + config.largest * (config.gain * error + config.damping * change)
-    return EtaState(jnp.clip(eta, config.smallest, config.largest), kl)
+    eta = jnp.minimum(jnp.clip(eta, config.smallest, config.largest), state.limit)
+    return EtaState(eta, kl, state.limit)
 
 
 def _error(kl: Float[Array, ""], target: float) -> Float[Array, ""]:

@@ -1,62 +1,102 @@
-"""Checkpoints with Orbax: the whole train state and the data iterator's position.
+"""Checkpoints with Orbax: the whole train state, and what else a run goes on from.
 
-The run's settings lie beside them, in config.yaml.
+The run's settings lie beside them, in config.yaml. Every array's fingerprint is kept with it, so that damage is found
+when a checkpoint is read, whatever wrote, moved or stored it.
 """
 
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 
+from policy_split_jax import processes
 from policy_split_jax.errors import UserError
-from policy_split_jax.model.qwen3 import Params, Qwen3Config, abstract_params
+from policy_split_jax.model.qwen3 import Params, abstract_params
 from policy_split_jax.model.sharding import placed
 from policy_split_jax.policy import Policy, load_policy, model_folder
+from policy_split_jax.training.fingerprint import fingerprints
 from policy_split_jax.training.state import TrainState
 
-FORMAT = 1
+FORMAT = 2
+DAMAGED = "damaged"
+"""Where checkpoints are put that could not be read, beside the others."""
+
+Json = dict[str, Any]
+
+
+class Damaged(Exception):
+    """A checkpoint that cannot be read, or holds something else than was saved."""
+
+
+class Restored(NamedTuple):
+    """What a run goes on from."""
+
+    step: int
+    state: TrainState
+    extra: Json
+    damaged: Mapping[int, str]
+    """Steps of later checkpoints that could not be used, and why."""
 
 
 class Checkpoints:
     """A run's checkpoints, saved asynchronously, the last few kept. Close it to wait for the last save."""
 
-    def __init__(self, folder: Path, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+    def __init__(self, folder: Path, keep: int, run: Mapping[str, str]):
+        """`run` tells a run from others (`run_folder.identity`); a checkpoint of another is refused."""
         self._folder = folder
-        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+        self._run = dict(run)
+        self._manager = ocp.CheckpointManager(folder.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=keep))
 
-    def save(self, step: int, state: TrainState, extra: dict[str, Any]) -> None:
-        """Copies the state and returns; it is written while training goes on."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_storable(state)),
-                extra=ocp.args.JsonSave({"format": FORMAT, **extra}),
-            ),
-        )
+    def save(self, step: int, state: TrainState, extra: Json) -> None:
+        """Copies the state and returns; it is written while training goes on. Does nothing where it is saved."""
+        storable = _storable(state)
+        about = {"format": FORMAT, "run": self._run, "fingerprints": _by_path(fingerprints(storable))} | extra
+        stored = ocp.args.JsonSave(about | {"digest": _digest(about)})
+        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(storable), extra=stored))
 
-    def restore(self, like: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The last checkpoint, whatever devices wrote it, on those of `shardings`.
+    def restore(self, like: TrainState, shardings: TrainState) -> Restored:
+        """The last checkpoint that is whole, whatever devices wrote it, on those of `shardings`.
 
-        `like` gives shapes and types, and may be abstract (`jax.eval_shape`). Raises UserError where there is
-        no checkpoint or it belongs to another model.
+        `like` gives shapes and types, and may be abstract (`jax.eval_shape`). Later ones that are damaged are moved to
+        the folder `damaged`. Raises UserError where none is whole, and where the last one belongs to another run, model
+        or version.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            raise UserError(f"{self._folder}: no checkpoint there")
         # Where each array goes is said here, not read from the file: the checkpoint may come from other devices.
         wanted = placed(jax.eval_shape(_storable, like), shardings._asdict())
-        try:
-            found = self._manager.restore(
-                step,
-                args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted), extra=ocp.args.JsonRestore()),
-            )
-        except (ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{self._folder}/{step}: does not fit this model or version: {reason}") from error
-        state = TrainState(**found["state"])
-        return state._replace(key=jax.random.wrap_key_data(state.key)), found["extra"]
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                state, extra = self._read(step, wanted)
+            except Damaged as error:
+                damaged[step] = str(error)
+            else:
+                if damaged:
+                    self._set_aside(damaged)
+                return Restored(step, state, extra, damaged)
+        reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
+        raise UserError(f"{self._folder}: no checkpoint there can be read ({reasons}); put a copy there, or remove it")
+
+    def _read(self, step: int, wanted: Any) -> tuple[TrainState, Json]:
+        extra = _read_extra(self._manager, step)
+        _check_origin(self._folder / str(step), extra, self._run)
+        _check_shapes(self._folder / str(step), extra, wanted)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+        found = _restored(self._manager, step, args)["state"]
+        _check_fingerprints(found, extra)
+        state = TrainState(**found)
+        return state._replace(key=jax.random.wrap_key_data(state.key)), extra
+
+    def _set_aside(self, steps: Iterable[int]) -> None:
+        if processes.is_first():
+            (self._folder / DAMAGED).mkdir(exist_ok=True)
+            for step in steps:
+                (self._folder / str(step)).rename(_free_name(self._folder / DAMAGED / str(step)))
+        processes.wait_for_all("set aside")
+        self._manager.reload()
 
     def close(self) -> None:
         """Waits until everything is written."""
@@ -70,17 +110,79 @@ class Checkpoints:
         self.close()
 
 
+def _free_name(path: Path) -> Path:
+    number = 1
+    while path.exists():
+        number += 1
+        path = path.with_name(f"{path.name.partition('-')[0]}-{number}")
+    return path
+
+
 def _storable(state: TrainState) -> dict[str, Any]:
     """Arrays only: a typed key is stored as its data."""
     return state._replace(key=jax.random.key_data(state.key))._asdict()
+
+
+def _by_path(tree: Any) -> dict[str, int]:
+    found = jax.device_get(tree)
+    return {jax.tree_util.keystr(path): int(value) for path, value in jax.tree_util.tree_leaves_with_path(found)}
+
+
+def _restored(manager: ocp.CheckpointManager, step: int, args: Any) -> Any:
+    try:
+        return manager.restore(step, args=args)
+    # What a damaged file does to the libraries that read it is anybody's guess.
+    except Exception as error:
+        raise Damaged(" ".join(str(error).split())[:200] or type(error).__name__) from error
+
+
+def _read_extra(manager: ocp.CheckpointManager, step: int) -> Json:
+    extra = _restored(manager, step, ocp.args.Composite(extra=ocp.args.JsonRestore()))["extra"]
+    if extra.get("format") == 1:
+        return extra
+    digest = extra.pop("digest", None)
+    if digest != _digest(extra):
+        raise Damaged("extra is not what was saved")
+    return extra
+
+
+def _digest(content: Json) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _check_origin(path: Path, extra: Json, run: Mapping[str, str]) -> None:
+    """Raises UserError for another version's checkpoint, or another run's."""
+    if extra["format"] != FORMAT:
+        newer = extra["format"] > FORMAT
+        remedy = "use the newer version that wrote it" if newer else "use the older version, or start the run anew"
+        raise UserError(f"{path}: has format {extra['format']}, this version reads {FORMAT}; {remedy}")
+    for what, digest in run.items():
+        if extra["run"].get(what) != digest:
+            raise UserError(f"{path}: was saved with other {what}; put this run's own checkpoints there")
+
+
+def _check_shapes(path: Path, extra: Json, wanted: Any) -> None:
+    leaves = {jax.tree_util.keystr(at) for at, _ in jax.tree_util.tree_leaves_with_path(wanted)}
+    if other := leaves ^ extra["fingerprints"].keys():
+        raise UserError(f"{path}: does not fit this model or version: {sorted(other)[0]}")
+
+
+def _check_fingerprints(found: Any, extra: Json) -> None:
+    wrong = [name for name, value in _by_path(fingerprints(found)).items() if value != extra["fingerprints"][name]]
+    if wrong:
+        raise Damaged(f"{wrong[0]} is not what was saved")
 
 
 def latest_step(folder: Path) -> int | None:
     """The last step saved whole in `folder`; None where there is none, or no folder. Changes nothing."""
     if not folder.is_dir():
         return None
-    with ocp.CheckpointManager(folder.resolve(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    with _reader(folder) as manager:
         return manager.latest_step()
+
+
+def _reader(folder: Path) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(folder.resolve(), options=ocp.CheckpointManagerOptions(read_only=True))
 
 
 def load_run_policy(run: Path) -> Policy:
@@ -93,26 +195,32 @@ def load_run_policy(run: Path) -> Policy:
 def load_run(run: Path) -> tuple[Policy, Params]:
     """The model of a run's last checkpoint, on the default device."""
     policy = load_run_policy(run)
-    return policy, load_checkpoint_params(run / "checkpoints", policy.config)
+    return policy, load_checkpoint_params(run, policy)
 
 
-def load_checkpoint_params(folder: Path, config: Qwen3Config, shardings: Any = None) -> Params:
-    """Only the parameters of the last checkpoint in `folder`; the optimizer is not read.
+def load_checkpoint_params(run: Path, policy: Policy, shardings: Any = None) -> Params:
+    """Only the parameters of a run's last checkpoint; the optimizer is not read.
 
-    `shardings` is a tree like the parameters; without it they come to the default device.
+    `shardings` is a tree like the parameters; without it they come to the default device. Raises UserError where there
+    is no checkpoint, and where the last one is damaged or belongs to another model or version.
     """
+    folder = run / "checkpoints"
     step = latest_step(folder)
     if step is None:
         raise UserError(f"{folder}: no checkpoint there yet")
-    shapes = abstract_params(config)
+    shapes = abstract_params(policy.config)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = {"params": placed(shapes, shardings or jax.tree.map(lambda _: here, shapes))}
     places = ocp.checkpoint_utils.construct_restore_args(wanted)
-    with ocp.CheckpointManager(folder.resolve(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        found = manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(item=wanted, restore_args=places, partial_restore=True)
-            ),
-        )
-    return found["state"]["params"]
+    args = ocp.args.PyTreeRestore(item=wanted, restore_args=places, partial_restore=True)
+    with _reader(folder) as manager:
+        try:
+            extra = _read_extra(manager, step)
+            _check_origin(folder / str(step), extra, {"model files": policy.digest})
+            found = _restored(manager, step, ocp.args.Composite(state=args))["state"]
+            _check_fingerprints(found, extra)
+        except Damaged as error:
+            before = [other for other in manager.all_steps() if other < step]
+            remedy = f"move it away to use step {max(before)}" if before else "there is none before it"
+            raise UserError(f"{folder}/{step}: damaged ({error}); {remedy}") from None
+    return found["params"]

@@ -2,16 +2,15 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import yaml
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
@@ -36,12 +35,14 @@ from policy_split_jax.files import whole_file, write_json
 from policy_split_jax.model import qwen3
 from policy_split_jax.model.huggingface import load_params
 from policy_split_jax.model.sharding import batch_shards, make_mesh
-from policy_split_jax.policy import Policy, copy_policy_files, load_policy, model_folder
+from policy_split_jax.objective.eta import lowered
+from policy_split_jax.policy import Policy, load_policy, model_folder
 from policy_split_jax.report.groups import Named
 from policy_split_jax.report.page import write_report
 from policy_split_jax.rewards import GraderPool
 from policy_split_jax.rollouts import (
     Group,
+    Progress,
     check_prompts,
     grade_groups,
     group_batch,
@@ -52,24 +53,48 @@ from policy_split_jax.rollouts import (
 )
 from policy_split_jax.sampler.batcher import EngineConfig, Sampling
 from policy_split_jax.sampler.rollout import Sampler
-from policy_split_jax.training.checkpoint import Checkpoints, latest_step, load_checkpoint_params, load_run_policy
+from policy_split_jax.training.checkpoint import (
+    DAMAGED,
+    Checkpoints,
+    Json,
+    latest_step,
+    load_checkpoint_params,
+    load_run_policy,
+)
 from policy_split_jax.training.collate import SharedGroup
 from policy_split_jax.training.console import RunDisplay
+from policy_split_jax.training.guard import Guard, watch
 from policy_split_jax.training.metrics_log import MetricsLog
 from policy_split_jax.training.optimizer import make_optimizer, make_schedule
 from policy_split_jax.training.packing import pack_batch
+from policy_split_jax.training.run_folder import check_folder, identity, locked, make_folder
 from policy_split_jax.training.state import TrainState, init_state, state_shardings
+from policy_split_jax.training.stop import Stopped, StopRequests
 from policy_split_jax.training.update import Update, UpdateConfig, make_update
 
-# Settings that a resumed run may change: they do not touch what has been computed. (Its folder may have moved.)
-_FREE = {"name", "output", "train.steps", "train.save_every", "train.eval_every", "train.keep_checkpoints",
-         "train.sample_questions", "train.tensorboard", "train.wandb", "reward.workers", "rollout.slots",
-         "rollout.decode_steps", "mesh.data", "mesh.fsdp", "mesh.tp"}  # fmt: skip
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run has come; with the train state, all that it goes on from."""
+
+    step: int = 0
+    data: Json | None = None
+    """The iterator's position; None at the beginning."""
+    evaluated: bool = False
+    """Whether the evaluation that is due at this step is done."""
+    guard: Guard = field(default_factory=Guard)
+
+    def to_json(self) -> Json:
+        return {"data": self.data, "evaluated": self.evaluated, "guard": self.guard.to_json()}
+
+    @staticmethod
+    def from_json(step: int, extra: Json) -> "Position":
+        return Position(step, extra["data"], extra["evaluated"], Guard(**extra["guard"]))
 
 
 @dataclass
 class Trainer:
-    """The parts of a run; `state` and `iterator` are what changes."""
+    """The parts of a run; `state`, `iterator` and `position` are what changes."""
 
     config: RunConfig
     policy: Policy
@@ -80,30 +105,48 @@ class Trainer:
     test_rows: list[Row]
     iterator: Any
     state: TrainState
+    position: Position
     checkpoints: Checkpoints
     log: MetricsLog | None
     """None in all processes but the first."""
     display: RunDisplay
+    stop: StopRequests
 
-    def run(self, started_at: int) -> None:
-        """All remaining steps; evaluates, saves and logs as configured."""
-        if started_at == 0:
-            self.evaluate(0)
-        for step in range(started_at + 1, self.config.train.steps + 1):
+    def run(self) -> None:
+        """All remaining steps; evaluates, saves and logs as configured. Raises Stopped, with all that was done saved,
+        where it was asked to stop."""
+        try:
+            self._run()
+        except Stopped as stopped:
+            stopped.step = self.position.step
+            if stopped.step:
+                self._save()
+            raise
+
+    def _run(self) -> None:
+        if not self.position.evaluated:
+            self.evaluate(self.position.step)
+        for step in range(self.position.step + 1, self.config.train.steps + 1):
             self.step(step)
-            last = step == self.config.train.steps
-            if last or _due(step, self.config.train.eval_every):
+            if not self.position.evaluated:
                 self.evaluate(step)
-            if last or _due(step, self.config.train.save_every):
-                self.checkpoints.save(step, self.state, {"data": state_to_json(self.iterator)})
+            if self._last(step) or _due(step, self.config.train.save_every):
+                self._save()
+
+    def _last(self, step: int) -> bool:
+        return step == self.config.train.steps
+
+    def _save(self) -> None:
+        self.checkpoints.save(self.position.step, self.state, self.position.to_json())
 
     def step(self, step: int) -> None:
-        """One training step: sample, grade, update, log."""
+        """One training step: sample, grade, update, log. Stopped is raised before the update alone."""
         clock = _Clock()
         rows = [question.row for question in next(self.iterator)]
         groups = self._rollouts(rows)
         clock.lap("rollout")
         grade_groups(self.pool, groups)
+        self.stop.check()
         clock.lap("reward")
         shared = shared_groups(self.policy, groups, self.config.sharing, self.config.rollout.max_new_tokens)
         self.state, metrics = self._update(groups, shared)
@@ -112,10 +155,25 @@ class Trainer:
         row["tokens/rollout"] = sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)
         row["learning_rate"] = float(np.asarray(make_schedule(self.config.optimizer)(self._updates(step - 1))))
         self._log("train", step, row, sample_rows(groups[: self.config.train.sample_questions]))
-        if self.config.train.dump_rollouts and self.log is not None:
-            self._dump(step, groups, shared)
+        for wanted, folder in ((self.config.train.dump_rollouts, "rollouts"), (row["skipped"], "skipped")):
+            if wanted and self.log is not None:
+                self._dump(folder, step, groups, shared)
         self.display.step(step, row)
         self.display.grader_errors(groups)
+        guard = self._watch(step, row)
+        due = self._last(step) or _due(step, self.config.train.eval_every)
+        self.position = Position(step, state_to_json(self.iterator), not due, guard)
+
+    def _watch(self, step: int, row: Mapping[str, Any]) -> Guard:
+        """What the guard says of a step is said and done; UserError where that is to end the run."""
+        guard, findings = watch(self.position.guard, row, self.config.guard)
+        for finding in findings:
+            self.display.say(f"warning: {finding.text}")
+        if any(finding.action == "lower_eta" for finding in findings):
+            self.state = self.state._replace(eta=lowered(self.state.eta))
+        if ending := [finding.text for finding in findings if finding.action == "stop"]:
+            raise UserError(f"{self.config.folder}: stopped at step {step}: {ending[0]}")
+        return guard
 
     def evaluate(self, step: int) -> None:
         """Both modes on the test questions."""
@@ -137,20 +195,30 @@ class Trainer:
                     chosen.top_k,
                     chosen.top_p,
                 ),
-                progress=progress,
+                progress=self._stoppable(progress),
             )
             row = scored_metrics(groups, scores, chosen.k) | {"time/eval": time.perf_counter() - started}
         self._log("eval", step, row, scored_sample_rows(groups[:8], scores[:8], self.policy.pieces))
         self.display.evaluation(step, row)
+        self.position = replace(self.position, evaluated=True)
+
+    def _stoppable(self, progress: Progress) -> Progress:
+        """`progress`, which raises Stopped where the run was asked to stop."""
+
+        def report(finished: int) -> None:
+            self.stop.check()
+            progress(finished)
+
+        return report
 
     def _log(self, kind: str, step: int, row: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
         if self.log is not None:
             self.log.row(kind, step, row)
             self.log.samples(kind, step, samples)
 
-    def _dump(self, step: int, groups: Sequence[Group], shared: Sequence[SharedGroup] | None) -> None:
+    def _dump(self, name: str, step: int, groups: Sequence[Group], shared: Sequence[SharedGroup] | None) -> None:
         """The step's rollouts, in a file of their own."""
-        folder = self.config.folder / "rollouts"
+        folder = self.config.folder / name
         folder.mkdir(exist_ok=True)
         with whole_file(folder / f"{step}.jsonl") as file:
             for row in dump_rows(self.policy, groups, shared, step):
@@ -172,7 +240,7 @@ class Trainer:
                 key=step_key(_own_key(self.state.key), int(self.state.step)),
                 sampling=Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p),
                 modes=modes,
-                progress=progress,
+                progress=self._stoppable(progress),
             )
 
     def _update(
@@ -223,12 +291,13 @@ def train(config: RunConfig, *, must_resume: bool = False) -> Path:
     """Runs or resumes the training that `config` describes; returns the run's folder.
 
     Everything that can be wrong with the settings, the data or the model is found before anything is written.
-    Raises UserError for those, when the folder holds a run of other settings, and when `must_resume` and there
-    is nothing to resume.
+    Raises UserError for those, when the folder holds a run of other settings or is another run's at this moment, and
+    when `must_resume` and there is nothing to resume; Stopped, when SIGTERM or Ctrl-C ended it, with all that was done
+    saved.
     """
     folder = config.folder
     started_at = latest_step(folder / "checkpoints") or 0
-    _check_folder(config, started_at, must_resume)
+    check_folder(config, started_at, must_resume)
     processes.check_same(
         started_at, f"{folder}: the processes see different checkpoints; output must lie where all of them reach it"
     )
@@ -237,54 +306,81 @@ def train(config: RunConfig, *, must_resume: bool = False) -> Path:
     iterator = make_iterator(train_rows, batch_size=config.rollout.questions_per_step, seed=config.train.seed)
     optimizer = make_optimizer(config.optimizer)
     start = partial(init_state, optimizer=optimizer, seed=config.train.seed, eta=float(config.advantage.eta))
+    shardings = state_shardings(policy.config, optimizer, mesh)
     reward = config.reward
-    with GraderPool(reward.grader, reward.workers, reward.time_limit, reward.memory_limit_mb) as pool:
-        # Nobody writes before everybody has looked.
-        processes.wait_for_all("checked")
-        if processes.is_first():
-            _make_folder(config, policy, started_at)
-        processes.wait_for_all("folder")
-        with (
-            Checkpoints(folder / "checkpoints", config.train.keep_checkpoints) as checkpoints,
-            _log(config, started_at) as log,
-            RunDisplay(config.train.steps, started_at, quiet=not processes.is_first()) as display,
-        ):
-            shardings = state_shardings(policy.config, optimizer, mesh)
+    with (
+        GraderPool(reward.grader, reward.workers, reward.time_limit, reward.memory_limit_mb) as pool,
+        _own_folder(config, policy, started_at),
+    ):
+        whose = identity(config, policy, train_rows)
+        with Checkpoints(folder / "checkpoints", config.train.keep_checkpoints, whose) as checkpoints:
             if started_at:
-                state, extra = checkpoints.restore(jax.eval_shape(start, params), shardings)
-                restore_state(iterator, extra["data"])
+                begun = checkpoints.restore(jax.eval_shape(start, params), shardings)
+                state, position = begun.state, Position.from_json(begun.step, begun.extra)
+                restore_state(iterator, position.data or {})
             else:
+                begun, position = None, Position()
                 state = jax.jit(start, out_shardings=shardings)(params)
-            _announce(display, config, policy, mesh, started_at, len(train_rows), len(test_rows))
-            if skipped:
-                display.say(f"{skipped} questions left out: more than {config.rollout.max_prompt_tokens} prompt tokens")
-            trainer = Trainer(
-                config=config,
-                policy=policy,
-                sampler=_sampler(config, policy, mesh),
-                scorer=make_scorer(policy.config, dtype=config.model.dtype, chunk=config.train.score_chunk, mesh=mesh),
-                update=make_update(policy.config, update_config(config), optimizer, mesh),
-                pool=pool,
-                test_rows=test_rows,
-                iterator=iterator,
-                state=state,
-                checkpoints=checkpoints,
-                log=log,
-                display=display,
-            )
-            trainer.run(started_at)
-    if processes.is_first():
-        _finish(folder, display)
+            with (
+                _log(config, position) as log,
+                RunDisplay(config.train.steps, position.step, quiet=not processes.is_first()) as display,
+                StopRequests() as stop,
+            ):
+                if begun is not None:
+                    _tell_of_damage(display, folder, begun.damaged)
+                _announce(display, config, policy, mesh, position.step, len(train_rows), len(test_rows))
+                if skipped:
+                    limit = config.rollout.max_prompt_tokens
+                    display.say(f"{skipped} questions left out: more than {limit} prompt tokens")
+                chosen = config.train
+                scorer = make_scorer(policy.config, dtype=config.model.dtype, chunk=chosen.score_chunk, mesh=mesh)
+                trainer = Trainer(
+                    config=config,
+                    policy=policy,
+                    sampler=_sampler(config, policy, mesh),
+                    scorer=scorer,
+                    update=make_update(policy.config, update_config(config), optimizer, mesh),
+                    pool=pool,
+                    test_rows=test_rows,
+                    iterator=iterator,
+                    state=state,
+                    position=position,
+                    checkpoints=checkpoints,
+                    log=log,
+                    display=display,
+                    stop=stop,
+                )
+                trainer.run()
+        if processes.is_first():
+            _finish(folder, display)
     return folder
 
 
-def _log(config: RunConfig, started_at: int) -> AbstractContextManager[MetricsLog | None]:
+def _tell_of_damage(display: RunDisplay, folder: Path, damaged: Mapping[int, str]) -> None:
+    for step, reason in damaged.items():
+        display.say(f"warning: checkpoint {step} is damaged, now in {folder / 'checkpoints' / DAMAGED}: {reason}")
+
+
+@contextmanager
+def _own_folder(config: RunConfig, policy: Policy, started_at: int) -> Iterator[None]:
+    """The run's folder with what it begins with, locked by the first process."""
+    # Nobody writes before everybody has looked.
+    processes.wait_for_all("checked")
+    with locked(config, started_at) if processes.is_first() else nullcontext():
+        if processes.is_first():
+            make_folder(config, policy, started_at)
+        processes.wait_for_all("folder")
+        yield
+
+
+def _log(config: RunConfig, position: Position) -> AbstractContextManager[MetricsLog | None]:
     if not processes.is_first():
         return nullcontext()
     return MetricsLog(
         config.folder,
         config.name,
-        last_step=started_at or -1,
+        last_step=position.step or -1,
+        evaluated=position.evaluated,
         tensorboard=config.train.tensorboard,
         wandb=config.train.wandb,
     )
@@ -299,7 +395,7 @@ def _source(config: RunConfig, started_at: int) -> tuple[Policy, Mesh, qwen3.Par
     mesh = run_mesh(config, policy.config, jax.devices())
     shardings = qwen3.param_shardings(policy.config, mesh)
     if config.model.checkpoint:
-        params = load_checkpoint_params(Path(config.model.checkpoint) / "checkpoints", policy.config, shardings)
+        params = load_checkpoint_params(Path(config.model.checkpoint), policy, shardings)
     else:
         params = load_params(policy.folder, policy.config, shardings=shardings)
     return replace(policy, prompts=settings.mode_prompts(config.prompt)), mesh, params
@@ -390,49 +486,6 @@ def _fitting(
     if not train_rows or not test_rows:
         raise UserError(f"no question has a prompt of at most {limit} tokens; raise rollout.max_prompt_tokens")
     return (train_rows, test_rows), sum(map(len, splits)) - len(train_rows) - len(test_rows)
-
-
-def _check_folder(config: RunConfig, started_at: int, must_resume: bool) -> None:
-    """Raises UserError unless the run's folder is new, or of this run; changes nothing.
-
-    A run that never reached a checkpoint starts afresh, and may do so with other settings.
-    """
-    folder, path = config.folder, config.folder / "config.yaml"
-    if must_resume and not started_at:
-        raise UserError(f"{folder}: no checkpoint to resume from; leave --resume out to start the run")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: not a folder; choose another name (name=...)")
-    if not path.is_file():
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder}: not empty and not a run's folder; choose another name (name=...)")
-        return
-    found, wanted = settings.read_tree(path), settings.to_dict(config)
-    changed = [key for key in settings.known_keys(RunConfig) if _get(found, key) != _get(wanted, key)]
-    changed = [key for key in changed if key not in _FREE]
-    if started_at and changed:
-        raise UserError(
-            f"{path}: this run was started with another {', '.join(changed[:3])}; "
-            "choose another name (name=...) or remove the folder"
-        )
-
-
-def _make_folder(config: RunConfig, policy: Policy, started_at: int) -> None:
-    """Writes what a run's folder begins with: config.yaml first, which marks the folder as a run's."""
-    folder = config.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder / "config.yaml") as file:
-        yaml.safe_dump(settings.to_dict(config), file, sort_keys=False, allow_unicode=True)
-    if not started_at:
-        copy_policy_files(policy, folder / "model")
-    if started_at < config.train.steps:
-        # It would say that the run is over.
-        (folder / "summary.json").unlink(missing_ok=True)
-
-
-def _get(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, Mapping) else None
-    return tree
 
 
 def _announce(

@@ -26,15 +26,18 @@ class MetricsLog:
     Use it with `with`: TensorBoard and Weights & Biases write in the background and have to be closed.
     """
 
-    def __init__(self, folder: Path, name: str, *, last_step: int, tensorboard: bool, wandb: bool):
-        """`last_step` is the step that the run goes on from; later rows are dropped, all of them when −1."""
+    def __init__(
+        self, folder: Path, name: str, *, last_step: int, evaluated: bool = True, tensorboard: bool, wandb: bool
+    ):
+        """`last_step` is the step that the run goes on from, and whether its evaluation is a part of that; what came
+        later is dropped, all of it when −1."""
         for switch, wanted, package in (("tensorboard", tensorboard, "tensorboardX"), ("wandb", wandb, "wandb")):
             if wanted and not _installed(package):
                 raise UserError(f"train.{switch} needs {package}: pip install 'policy-split-jax[{switch}]'")
         self._metrics = folder / "metrics.jsonl"
         self._samples = folder / "samples.jsonl"
         for path in (self._metrics, self._samples):
-            _keep_until(path, last_step)
+            _keep_until(path, last_step, evaluated)
         self._sinks: list[_Sink] = []
         if tensorboard:
             self._sinks.append(_TensorBoard(folder))
@@ -79,23 +82,25 @@ def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _keep_until(path: Path, last_step: int) -> None:
-    """Drops the rows after `last_step`, and a last line that was cut off."""
+def _keep_until(path: Path, last_step: int, evaluated: bool) -> None:
+    """Drops the rows after `last_step`, those of its evaluation too unless `evaluated`, and a line that was cut off."""
     if not path.is_file():
         return
+    last = (last_step, evaluated)
     with whole_file(path) as file:
         # Split as they were written: a text may hold other line breaks, and a cut may fall inside a character.
         for line in path.read_bytes().split(b"\n"):
-            if _step_of(line) <= last_step:
+            if _place_of(line) <= last:
                 file.write(line.decode() + "\n")
 
 
-def _step_of(line: bytes) -> float:
-    """The step of a row; infinite for a line that is none."""
+def _place_of(line: bytes) -> tuple[float, bool]:
+    """A row's step, and whether it is of its evaluation, which comes last; beyond all others where it is no row."""
     try:
-        return float(json.loads(line)["step"])
+        row = json.loads(line)
+        return float(row["step"]), row["kind"] == "eval"
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return math.inf, True
 
 
 def _installed(package: str) -> bool:

@@ -160,9 +160,10 @@ def make_update(
         eta = state.eta
         if config.objective == "policy_split":
             metrics["eta"] = eta.eta
+            divergence = metrics["kl/high_entropy_to_normal"]
             # Where no high-entropy rollout was graded, nothing was measured.
-            measured = jnp.any(token_mask(batch) & (batch.modes == HIGH_ENTROPY)[..., None])
-            moved = next_eta(eta, metrics["kl/high_entropy_to_normal"], config.eta)
+            measured = jnp.any(token_mask(batch) & (batch.modes == HIGH_ENTROPY)[..., None]) & jnp.isfinite(divergence)
+            moved = next_eta(eta, divergence, config.eta)
             eta = jax.tree.map(partial(jnp.where, measured), moved, eta)
         return pinned(state._replace(step=state.step + 1, eta=eta), shardings), metrics
 
@@ -287,14 +288,20 @@ class Step:
             self.microbatches(batch.rewards.shape[0], packing),
             joined,
         )
-        return self.moved(state, gradient), self.metrics(value, gradient) | measures.values()
+        state, metrics = self.moved(state, value, gradient, sampled_soundly(batch))
+        return state, metrics | measures.values()
 
-    def moved(self, state: TrainState, gradient: Any) -> TrainState:
+    def moved(
+        self, state: TrainState, value: Array, gradient: Any, sound: Bool[Array, ""]
+    ) -> tuple[TrainState, Metrics]:
+        """The state after an update with this loss and gradient: as it was, if not all of it is finite or `sound`."""
+        norm = optax.tree.norm(gradient)
+        sound = sound & jnp.isfinite(value) & jnp.isfinite(norm)
         changes, opt_state = self.optimizer.update(gradient, state.opt_state, state.params)
-        return state._replace(params=optax.apply_updates(state.params, changes), opt_state=opt_state)
-
-    def metrics(self, value: Array, gradient: Any) -> Metrics:
-        return {"loss": value, "grad_norm": optax.tree.norm(gradient)}
+        new = optax.apply_updates(state.params, changes), opt_state
+        params, opt_state = jax.tree.map(partial(jnp.where, sound), new, (state.params, state.opt_state))
+        metrics = {"loss": value, "grad_norm": norm, "skipped": 1.0 - sound}
+        return state._replace(params=params, opt_state=opt_state), metrics
 
     def microbatches(self, questions: int, packing: Packing | None) -> Microbatches:
         if packing is not None:
@@ -352,7 +359,8 @@ class Step:
             (value, measures), gradient = accumulate_gradients(
                 self.sequence_loss, state.params, (part, weights), microbatches, joined
             )
-            return self.moved(state, gradient), (self.metrics(value, gradient), measures)
+            state, metrics = self.moved(state, value, gradient, sampled_soundly(batch))
+            return state, (metrics, measures)
 
         state, (history, clipped) = jax.lax.scan(one, state, parts)
         # Everything but the clipping is of the policy that sampled.
@@ -373,6 +381,11 @@ class Step:
             for mode, name in enumerate(MODE_NAMES)
         }
         return masked.total(losses[0] * weights, each.mask), Measures(means, {})
+
+
+def sampled_soundly(batch: Batch) -> Bool[Array, ""]:
+    """Whether every log-probability of the sampler is a number."""
+    return jnp.all(jnp.isfinite(masked.where(token_mask(batch), batch.sampler_logprobs)))
 
 
 def as_trained(own: TokenScores, other: TokenScores, batch: Batch) -> TokenScores:

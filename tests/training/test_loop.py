@@ -51,8 +51,8 @@ def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
 
 
 def last_params(config: RunConfig) -> list[np.ndarray]:
-    model = load_policy(config.folder / "model").config
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(load_checkpoint_params(config.folder / "checkpoints", model))]
+    params = load_checkpoint_params(config.folder, load_policy(config.folder / "model"))
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
 
 
 def test_two_steps_and_two_more_are_four_bit_for_bit(tmp_path):
@@ -77,6 +77,7 @@ def test_a_run_leaves_what_the_documentation_says(tmp_path):
     config = small_run(tmp_path, steps=1)
     folder = train(config)
     assert {path.name for path in folder.iterdir()} == {
+        ".lock",
         "checkpoints",
         "config.yaml",
         "metrics.jsonl",

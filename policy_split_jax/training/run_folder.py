@@ -1,0 +1,107 @@
+"""A run's folder: whose it is, what it begins with, and that one process at a time uses it."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from policy_split_jax import config as settings
+from policy_split_jax.config import RunConfig
+from policy_split_jax.data.formats import Row
+from policy_split_jax.errors import UserError
+from policy_split_jax.files import whole_file
+from policy_split_jax.policy import Policy, copy_policy_files
+from policy_split_jax.training.checkpoint import latest_step
+from policy_split_jax.training.guard import GuardConfig
+
+LOCK = ".lock"
+
+# Settings that a resumed run may change: they do not touch what has been computed. (Its folder may have moved.)
+_FREE = {"name", "output", "train.steps", "train.save_every", "train.eval_every", "train.keep_checkpoints",
+         "train.sample_questions", "train.tensorboard", "train.wandb", "reward.workers", "rollout.slots",
+         "rollout.decode_steps", "mesh.data", "mesh.fsdp", "mesh.tp",
+         *(f"guard.{item.name}" for item in fields(GuardConfig))}  # fmt: skip
+
+
+def check_folder(config: RunConfig, started_at: int, must_resume: bool) -> None:
+    """Raises UserError unless the run's folder is new, or of this run; changes nothing.
+
+    A run that never reached a checkpoint starts afresh, and may do so with other settings.
+    """
+    folder, path = config.folder, config.folder / "config.yaml"
+    if must_resume and not started_at:
+        raise UserError(f"{folder}: no checkpoint to resume from; leave --resume out to start the run")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: not a folder; choose another name (name=...)")
+    if not path.is_file():
+        if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
+            raise UserError(f"{folder}: not empty and not a run's folder; choose another name (name=...)")
+        return
+    found, wanted = settings.read_tree(path), settings.to_dict(config)
+    changed = [key for key in _fixed_keys() if _get(found, key) != _get(wanted, key)]
+    if started_at and changed:
+        raise UserError(
+            f"{path}: this run was started with another {', '.join(changed[:3])}; "
+            "choose another name (name=...) or remove the folder"
+        )
+
+
+@contextmanager
+def locked(config: RunConfig, started_at: int) -> Iterator[None]:
+    """Keeps other runs out of the folder, which is made where it is missing, while the block lasts.
+
+    The lock goes with its process, however that ends. Raises UserError where another run has it, or had it since
+    `started_at` was found to be the last checkpoint's step.
+    """
+    config.folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(config.folder / LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        remedy = "wait for its end, or choose another name (name=...)"
+        raise UserError(f"{config.folder}: another run goes on there; {remedy}") from None
+    with lock:
+        if (latest_step(config.folder / "checkpoints") or 0) != started_at:
+            raise UserError(f"{config.folder}: another run has just gone on there; start this command again")
+        yield
+
+
+def make_folder(config: RunConfig, policy: Policy, started_at: int) -> None:
+    """Writes what a run's folder begins with: config.yaml first, which marks the folder as a run's."""
+    folder = config.folder
+    with whole_file(folder / "config.yaml") as file:
+        yaml.safe_dump(settings.to_dict(config), file, sort_keys=False, allow_unicode=True)
+    if not started_at:
+        copy_policy_files(policy, folder / "model")
+    if started_at < config.train.steps:
+        # It would say that the run is over.
+        (folder / "summary.json").unlink(missing_ok=True)
+
+
+def identity(config: RunConfig, policy: Policy, rows: Sequence[Row]) -> dict[str, str]:
+    """Digests of what a run's checkpoints mean nothing without; `rows` are the questions that it trains on."""
+    fixed = {key: _get(settings.to_dict(config), key) for key in _fixed_keys()}
+    questions = hashlib.sha256()
+    for row in rows:
+        content = [row.question, row.ground_truth, row.data_source, row.extra_info]
+        questions.update(json.dumps(content, sort_keys=True, default=str).encode())
+    return {
+        "settings": hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest(),
+        "model files": policy.digest,
+        "questions": questions.hexdigest(),
+    }
+
+
+def _fixed_keys() -> list[str]:
+    return [key for key in settings.known_keys(RunConfig) if key not in _FREE]
+
+
+def _get(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree

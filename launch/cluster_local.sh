@@ -35,7 +35,7 @@ stop_all() {
   for id in ${ids[@]+"${ids[@]}"}; do
     kill -INT -- "-$id" 2>/dev/null || true
   done
-  for ((try = 0; try < 50; try++)); do
+  for ((try = 0; try < 600; try++)); do
     [[ $(jobs -rp) ]] || break
     sleep 0.1
   done

@@ -37,7 +37,8 @@ CONFIG and files named in settings are paths in this folder, or on the workers.
 
 gcloud copies to several workers only with a key that the agent has: ssh-add ~/.ssh/google_compute_engine
 
-Exit codes: 0 done, 2 bad input (not tried again), 130 interrupted, otherwise the last failure's. A run that fails five
+Exit codes: 0 done, 2 bad input or a run that is not to go on (not tried again), 130 interrupted, otherwise the last
+failure's (143: SIGTERM, as on preemption; what was done is saved, and the next start goes on from there). A run that fails five
 times in a row soon after its start, with the TPU in order, is given up.
 Environment: EXTRAS (default tpu; for example tpu,wandb) names the project's extras to install; POLL_SECONDS (15) pass
 between two looks at the TPU; BACKOFF_SECONDS (10, doubled up to 300) pass before a new start.

@@ -31,11 +31,11 @@ wait_for() {
   ! running
 }
 
-# Interrupts the run, which then says that it can go on from its last checkpoint, and ends it if that takes too long.
+# Interrupts the run, which then saves what it has, and ends it if that takes too long.
 stop_run() {
   running || return 0
   kill -INT -- "-$(<"$state/pid")" 2>/dev/null || true
-  wait_for 30 || kill -KILL -- "-$(<"$state/pid")" 2>/dev/null || true
+  wait_for 300 || kill -KILL -- "-$(<"$state/pid")" 2>/dev/null || true
 }
 
 # How the run ended. Without a code it was killed, as by a worker that is restarted.

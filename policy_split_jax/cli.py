@@ -30,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from policy_split_jax import commands
     from policy_split_jax.training.stop import Stopped
 
-    # The checkpoint library warns where it is asked to read only.
-    logging.set_verbosity(logging.ERROR)
+    # The checkpoint library warns where it is asked to read only, and logs what it raises as well.
+    logging.set_verbosity(logging.FATAL)
     try:
         run = {
             "train": commands.train,

@@ -66,7 +66,8 @@ def init_eta(eta: float) -> EtaState:
 def lowered(state: EtaState) -> EtaState:
     """Half of η, for good: what the modes did at the old one was too much."""
     half = state.eta / 2
-    return state._replace(eta=half, limit=half)
+    # Two arrays: an update is given both to keep.
+    return state._replace(eta=half, limit=jnp.copy(half))
 
 
 def next_eta(state: EtaState, measured: Float[Array, ""], config: EtaConfig) -> EtaState:

@@ -6,7 +6,8 @@ when a checkpoint is read, whatever wrote, moved or stored it.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ from policy_split_jax.training.state import TrainState
 FORMAT = 2
 DAMAGED = "damaged"
 """Where checkpoints are put that could not be read, beside the others."""
+
+_NO_ROOM = ("No space left on device", "Disk quota exceeded", "File too large")
 
 Json = dict[str, Any]
 
@@ -56,7 +59,21 @@ class Checkpoints:
         storable = _storable(state)
         about = {"format": FORMAT, "run": self._run, "fingerprints": _by_path(fingerprints(storable))} | extra
         stored = ocp.args.JsonSave(about | {"digest": _digest(about)})
-        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(storable), extra=stored))
+        args = ocp.args.Composite(state=ocp.args.StandardSave(storable), extra=stored)
+        with self._writing():
+            self._manager.save(step, args=args)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """UserError where a save, now or since the last one, found no room; other failures may pass."""
+        try:
+            yield
+        except Exception as error:
+            reason = next((text for text in _NO_ROOM if text in str(error)), None)
+            if reason is None:
+                raise
+            remedy = f"make room, and the same command goes on from step {latest_step(self._folder) or 0}"
+            raise UserError(f"{self._folder}: a checkpoint could not be written ({reason}); {remedy}") from None
 
     def restore(self, like: TrainState, shardings: TrainState) -> Restored:
         """The last checkpoint that is whole, whatever devices wrote it, on those of `shardings`.
@@ -100,7 +117,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until everything is written."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
         self._manager.close()
 
     def __enter__(self) -> "Checkpoints":

@@ -142,7 +142,6 @@ def _trends(guard: Guard, config: GuardConfig) -> dict[str, Finding]:
         mean, best = guard.means.get(name, 0.0), guard.marks.get(name, 0.0)
         if config.accuracy_loss and best > _ABLE and mean < (1 - config.accuracy_loss) * best:
             found[name] = f"the {mode} mode's accuracy fell from {best:.2f} to {mean:.2f}"
-    remedy = "lower advantage.eta and eta.largest" + (
-        ", which is halved now" if config.on_collapse == "lower_eta" else ""
-    )
-    return {what: Finding(f"{text}: η is too large; {remedy}", config.on_collapse) for what, text in found.items()}
+    halved = ", which is halved now" if config.on_collapse == "lower_eta" else ""
+    remedy = f"η is too large{halved}; lower advantage.eta and eta.largest, or optimizer.learning_rate"
+    return {what: Finding(f"{text}: {remedy}", config.on_collapse) for what, text in found.items()}

@@ -1,11 +1,67 @@
 """The fault harness: what it measured is printed at the end, and docs/reliability.md quotes it."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 _FIGURE = "figure"
+
+# A run of the embedded model whose steps take a moment each.
+SETTINGS: dict[str, Any] = {
+    "name": "run",
+    "prompt": {"high_entropy": "High-entropy mode."},
+    "data": {"numbers": [3], "max_number": 30, "train_size": 64, "test_size": 8},
+    "rollout": {
+        "questions_per_step": 4, "rollouts_per_mode": 2, "max_prompt_tokens": 48, "max_new_tokens": 10, "slots": 16,
+    },
+    "advantage": {"eta": 0.5, "kappa": 1.0},
+    "eta": {"schedule": "target_kl"},
+    "optimizer": {"learning_rate": 1e-3},
+    "eval": {"questions": 4, "k": 2},
+}  # fmt: skip
+
+
+class Runs:
+    """Runs of the command line in processes of their own, which share what they compile."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._config = folder / "config.yaml"
+        self._config.write_text(yaml.safe_dump(SETTINGS))
+        # A suite in the background of a shell ignores interrupts, and so would what it starts: see `interrupts`.
+        self._environment = os.environ | {
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+
+    def start(self, output: Path, *overrides: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "policy_split_jax.cli", "train", str(self._config), f"output={output}"]
+        output.mkdir(exist_ok=True)
+        # In files: nobody reads while the run goes on, and a full pipe would stop it.
+        with (output / "out").open("a") as out, (output / "err").open("a") as err:
+            return subprocess.Popen([*command, *overrides], env=self._environment, stdout=out, stderr=err, text=True)
+
+    def finish(self, output: Path, *overrides: str) -> int:
+        """The exit code of a run that is let alone."""
+        return self.start(output, *overrides).wait(600)
+
+    @staticmethod
+    def rows(output: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+        """A run's rows without what a clock says."""
+        found = [json.loads(line) for line in (output / "run" / name).read_bytes().splitlines()]
+        return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in found]
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from policy_split_jax.objective.eta import EtaConfig, EtaState, init_eta, next_eta
+from policy_split_jax.objective.eta import EtaConfig, EtaState, init_eta, lowered, next_eta
 
 TARGET = 0.2
 STEERED = EtaConfig(schedule="target_kl", target_kl=TARGET)
@@ -143,6 +143,16 @@ def test_closed_loop_leaves_a_long_saturation_without_running_away(response):
         seen.append(math.exp(log_kl))
     assert TARGET / 1.5 < seen[-1] < 1.5 * TARGET
     assert max(seen) < 3 * TARGET
+
+
+def test_what_was_lowered_stays_low():
+    """Whatever the controller would do: a divergence far below its target asks for more."""
+    state = lowered(step(init_eta(0.4), jnp.float32(1e-4), STEERED))
+    half = float(state.eta)
+    for _ in range(50):
+        state = step(state, jnp.float32(1e-4), STEERED)
+    assert float(state.eta) == half
+    assert float(step(lowered(init_eta(0.4)), jnp.float32(0.1), EtaConfig()).eta) == pytest.approx(0.2)
 
 
 def test_the_state_is_float32_scalars():

@@ -555,3 +555,67 @@ def test_another_shape_is_the_only_reason_to_compile_again(bag, model, batches):
     for batch, programs in ((batches[0], 1), (batches[1], 1), (padded(batches[0], 1, 0), 2)):
         update(fresh_state(bag, optimizer), batch)
         assert update._cache_size() == programs
+
+
+# --------------------------------------------------------------------------------- numbers that are none
+
+
+def with_reward(batch, value):
+    rewards = batch.rewards.copy()
+    rewards[1, 0] = value
+    return batch._replace(rewards=rewards)
+
+
+def with_logprob(batch, value):
+    logprobs = batch.sampler_logprobs.copy()
+    logprobs[1, 0, 0] = value
+    return batch._replace(sampler_logprobs=logprobs)
+
+
+TWO_PASS = replace(FUSED, two_pass=True)
+IN_QUARTERS = replace(FUSED, updates_per_step=4, update_order="quarters")
+
+
+@pytest.mark.parametrize("config", [FUSED, TWO_PASS, replace(FUSED, microbatch_questions=1), IN_QUARTERS])
+@pytest.mark.parametrize("spoil", [with_reward, with_logprob])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_step_with_a_number_that_is_none_changes_nothing(bag, model, batches, config, spoil, value):
+    state, history = run(model, bag, [batches[0], spoil(batches[1], value)], config)
+    before, _ = run(model, bag, [batches[0]], config)
+    assert [row["skipped"] for row in history] == [0.0, 1.0]
+    for one, other in zip(
+        jax.tree.leaves((state.params, state.opt_state)),
+        jax.tree.leaves((before.params, before.opt_state)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+    # The next step draws other numbers all the same.
+    assert (int(state.step), int(before.step)) == (2, 1)
+    assert np.isfinite(float(state.eta.eta))
+    assert np.isfinite(float(state.eta.kl))
+
+
+def test_parameters_that_are_no_numbers_skip_every_update(bag, model, batches):
+    spoilt = {"table": bag["table"].at[3, 2].set(jnp.nan)}
+    state, history = run(model, spoilt, batches[:2])
+    assert [row["skipped"] for row in history] == [1.0, 1.0]
+    np.testing.assert_array_equal(state.params["table"], spoilt["table"])
+    assert float(state.eta.eta) == ETA
+
+
+def test_of_several_updates_the_sound_ones_count(bag, model, batches):
+    """Two updates of two questions each; the second has the reward that is none."""
+    config = replace(FUSED, updates_per_step=2)
+    rewards = batches[0].rewards.copy()
+    rewards[3, 0] = np.nan
+    state, (row,) = run(model, bag, [batches[0]._replace(rewards=rewards)], config)
+    assert row["skipped"] == 0.5
+    assert np.all(np.isfinite(state.params["table"]))
+    assert largest_change(bag, state.params) > 1e-4
+
+
+def test_an_ungraded_rollout_may_hold_anything(bag, model, batches):
+    logprobs = batches[0].sampler_logprobs.copy()
+    logprobs[2, 1] = np.nan
+    _, (row,) = run(model, bag, [batches[0]._replace(sampler_logprobs=logprobs)])
+    assert row["skipped"] == 0.0

@@ -23,6 +23,8 @@ PURE_PATTERNS = (
     "training/__init__.py",
     "training/accumulate.py",
     "training/batch.py",
+    "training/fingerprint.py",
+    "training/guard.py",
     "training/optimizer.py",
     "training/quarters.py",
     "training/sft.py",

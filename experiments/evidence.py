@@ -128,7 +128,7 @@ def main() -> None:
         return
     if not chosen.only_write:
         ablate(results, seeds, chosen.parallel)
-        try_prompts(seeds)
+        try_prompts(seeds, chosen.parallel)
     PAGE.write_text(page(results), encoding="utf-8")
     print(f"written to {PAGE}")
 

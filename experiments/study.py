@@ -169,17 +169,20 @@ def result_of(folder: Path) -> Result:
     return Result(evaluations, {key: _rounded(median(row[key] for row in found.train)) for key in COSTS})
 
 
-def try_prompts(seeds: Iterable[int]) -> None:
+def try_prompts(seeds: Iterable[int], parallel: int) -> None:
     """Evaluates Policy Split's runs at the ablations' rate under `PROMPTS`, as training evaluates them."""
     known = {(record["seed"], record["prompt"]) for record in read_records(PROMPT_RESULTS)}
-    for seed, prompt in product(seeds, PROMPTS.values()):
-        if (seed, prompt) not in known:
-            row = evaluate(
-                FOLDER / Run(ABLATION_TASK, SPLIT, ABLATION_RATE, seed).name,
-                {"high-entropy-prompt": prompt, "max-new-tokens": 10, "max-prompt-tokens": 64, "seed": 1},
-            )
-            figures = {key: _rounded(row[key]) for key in FIGURES.values()}
-            add_record(PROMPT_RESULTS, {"seed": seed, "prompt": prompt, "figures": figures})
+    missing = [each for each in product(seeds, PROMPTS.values()) if each not in known]
+    runs = {seed: Run(ABLATION_TASK, SPLIT, ABLATION_RATE, seed) for seed, _ in missing}
+    # Their results may be known, and their folders not be here.
+    list(ended([run.job() for run in runs.values()], FOLDER, parallel))
+    for seed, prompt in missing:
+        row = evaluate(
+            FOLDER / runs[seed].name,
+            {"high-entropy-prompt": prompt, "max-new-tokens": 10, "max-prompt-tokens": 64, "seed": 1},
+        )
+        figures = {key: _rounded(row[key]) for key in FIGURES.values()}
+        add_record(PROMPT_RESULTS, {"seed": seed, "prompt": prompt, "figures": figures})
 
 
 def _rounded(value: float) -> float:

@@ -104,7 +104,7 @@ def winners(results: Results, task: str) -> str:
 
     def placed(name: str) -> str:
         behind, p = 100 * (scores[best] - scores[name]), against(found[name], found[best], ACCURACY)
-        return f"{name} ({scores[name]:.3f}, {behind:.1f} points less, p = {p})"
+        return f"{name} ({scores[name]:.3f}, {behind:.1f} points less, p {p if p.startswith('<') else f'= {p}'})"
 
     text = f"Most accurate in the normal mode: {best} ({scores[best]:.3f}); second: {placed(order[1])}."
     if SPLIT in order[:2]:

@@ -62,7 +62,7 @@ def test_the_best_and_the_second_are_named():
     results = results_of({"Policy Split": [0.5, 0.6, 0.52], "GRPO": [0.7, 0.8, 0.73], "Clip-Cov": [0.6, 0.75, 0.66]})
     text = tables.winners(results, TASK)
     assert text.startswith("Most accurate in the normal mode: GRPO (0.743); second: Clip-Cov (0.670, 7.3 points less,")
-    assert "Number 3 of 3: Policy Split (0.540, 20.3 points less, p = < 0.001)" in text
+    assert "Number 3 of 3: Policy Split (0.540, 20.3 points less, p < 0.001)" in text
 
 
 def test_tuning_takes_the_rate_of_the_highest_accuracy():

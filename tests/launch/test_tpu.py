@@ -137,8 +137,9 @@ def test_a_queued_tpu_is_waited_for(option, more, place):
     assert verbs(place) == ["create", *AGAIN]
 
 
-def test_a_preempted_tpu_is_created_anew_and_the_run_goes_on(place):
-    place.plan(p0=[{"code": 1, "tpu": "PREEMPTED"}, {}], p1=[{"wait": True}, {}])
+@pytest.mark.parametrize("code", [1, 143])
+def test_a_preempted_tpu_is_created_anew_and_the_run_goes_on(place, code):
+    place.plan(p0=[{"code": code, "tpu": "PREEMPTED"}, {}], p1=[{"wait": True}, {}])
     done = place.run("tpu.sh", *RUN, "configs/tiny.yaml", "output=/nfs/runs")
     assert done.returncode == 0
     assert "lab is PREEMPTED; deleting it" in done.stderr

@@ -19,7 +19,7 @@ PROMPT_RESULTS = Path("experiments/results/prompts.jsonl")
 STEPS, QUESTIONS = 300, 32
 RATES = (1e-4, 2e-4, 4e-4)
 TUNING_SEED = 100
-# Those of the walk are the settings of configs/walk.yaml, since every method has a file of its own.
+# Those of the walk are the settings of configs/walk.yaml, its steps too, since every method has a file of its own.
 TASKS: Mapping[str, Mapping[str, Any]] = {
     "3 numbers": {"data.numbers": "[3]"},
     "4 numbers": {"data.numbers": "[4]", "rollout.max_new_tokens": 14},
@@ -32,6 +32,7 @@ TASKS: Mapping[str, Mapping[str, Any]] = {
         "eta.smallest": 0.1,
         "eta.largest": 0.4,
         "eta.target_kl": 0.1,
+        "train.steps": 150,
     },
 }
 TUNED_ON = {"4 numbers": "3 numbers"}

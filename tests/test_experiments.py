@@ -84,7 +84,7 @@ def test_every_run_has_settings_and_a_name_of_its_own():
     assert len({job.name for job in jobs}) == len(jobs)
     for job in jobs:
         updates = 4 if "preset-released" in job.name else load(RunConfig, job.config).train.updates_per_step
-        steps = 600 if "twice" in job.name else 300
+        steps = 600 if "twice" in job.name else 150 if job.name.startswith("walk") else 300
         assert job.settings["optimizer.decay_steps"] == updates * steps
 
 

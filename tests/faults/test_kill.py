@@ -60,14 +60,14 @@ def test_a_run_that_is_killed_thirty_times_is_the_undisturbed_run(runs, undistur
         before = last_row(folder)
         process = runs.start(folder, *STEPS)
         moment(folder, process, draw, seconds / 3)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            moments[moment] += 1
+        process.kill()
         assert process.wait() in (0, -signal.SIGKILL), (folder / "err").read_text()
-        if process.returncode == 0 and moment is not while_reporting:
+        if process.returncode:
+            moments[moment] += 1
+            lost.append(max(0, before - saved(folder)))
+        elif moment is not while_reporting:
             # It was over before its moment came: once more from nothing.
             shutil.rmtree(folder / "run")
-        lost.append(max(0, before - saved(folder)))
     assert runs.finish(folder, *STEPS) == 0, (folder / "err").read_text()
     assert_same(runs, folder, other)
     assert (folder / "run" / "report.html").is_file()

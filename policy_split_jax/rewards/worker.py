@@ -17,7 +17,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from importlib import import_module
-from typing import IO, Any
+from io import BufferedRWPair
+from typing import Any
 
 from policy_split_jax.errors import UserError
 from policy_split_jax.rewards.grading import BUILT_IN, Grade, GradeItem, load_grader
@@ -44,7 +45,7 @@ def _print_to_stderr() -> None:
     sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _serve(stream: IO[bytes]) -> None:
+def _serve(stream: BufferedRWPair) -> None:
     setup = json.loads(stream.readline())
     _limit_memory(setup["memory_limit_mb"])
     # math-verify warns that its timeouts are off: the parent's hold.
@@ -72,7 +73,7 @@ def _graded(grader: Callable[[GradeItem], Grade], item: GradeItem) -> Grade:
     return grade
 
 
-def _send(stream: IO[bytes], message: Any) -> None:
+def _send(stream: BufferedRWPair, message: Any) -> None:
     stream.write(json.dumps(message).encode() + b"\n")
     stream.flush()
 

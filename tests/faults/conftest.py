@@ -1,11 +1,15 @@
 """The fault harness: what it measured is printed at the end, and docs/reliability.md quotes it."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 _FIGURE = "figure"
+
+sys.path.append(str(Path(__file__).parent))  # for what tests share, and scripts here
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ INLINE = ("countdown", "exact", "letter", "walk")
 CHUNK = 16
 START_LIMIT = 120.0
 START_ATTEMPTS = 3
-"""How often a worker is started again that is killed before it can grade."""
+"""How often in a row a worker is started that ends before it can grade."""
 
 _READ_BYTES = 2**16
 # One worker is one core's work, and each idle BLAS thread reserves memory that the limit counts.

@@ -20,6 +20,7 @@ import pytest
 from bombs import BOMBS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from many_answers import INLINE, MATH, SEEDS, SYMBOLS, boxed, texts
 
 from policy_split_jax.cli import main
 from policy_split_jax.data import countdown as countdown_data
@@ -27,7 +28,6 @@ from policy_split_jax.data import walk as walk_data
 from policy_split_jax.rewards import GradeItem, GraderPool
 
 FAULTS = Path(__file__).resolve().parent
-INLINE = {"countdown": answer_checks.COUNTDOWN, "walk": answer_checks.WALK, "exact": "18", "letter": "B"}
 IN_WORKERS = {"prm800k": "x+1", "released": "x+1", "math": "18"}
 RIGHT = {
     "countdown": "3*4+5",
@@ -138,7 +138,6 @@ def test_bombs_in_workers(grader: str, canary: Path, figure: Callable[[str], Non
         figure(f"{grader}: {reason}: {', '.join(bomb for bomb, own in reasons.items() if own == reason)}")
 
 
-SYMBOLS = "345+-*/() =17×÷−"
 EXPRESSIONS = st.recursive(
     st.sampled_from(["3", "4", "5", "17", "34", "0"]),
     lambda inner: st.one_of(
@@ -231,117 +230,26 @@ def test_the_oracle_finds_what_is_right():
             answer_checks.check_walk(answer, truth)
 
 
-# What mutations put in: digits of other scripts, what Python, LaTeX or the graders read as something, and commands.
-PIECES = [
-    *"０١２३⁴₅⑥",
-    *"()[]{}+-*/=×÷−^_,.$%\\\n\t\r\0 \u00a0\u200b\u202e\u0301\ud800",
-    "e0",
-    "**",
-    "//",
-    "0x",
-    "1_",
-    "00",
-]
-PIECES += ["</think>", "<think>", r"\boxed{", "####", "=17", "= 18", r"\frac", r"\sqrt{", r"\text{ ", "^{", "B)", "UD"]
-PIECES += ["__import__('os').system('touch executed')", "open('executed','w')", " or ", " million", "∞", "π", "I", "j"]
-ALPHABETS = [
-    SYMBOLS,
-    "UDLRudlr \n",
-    r"0123456789.,+-$\% eEAaBb()[]{}" + "\n",
-    r"0123456789xyπ^_{}()[]\fracsqtexinmlog+-*/=,.&!| ",
-    "".join(map(chr, range(32, 127))),
-    "".join(map(chr, [*range(0x20), *range(0x80, 0x300), *range(0x660, 0x670), *range(0x1D7CE, 0x1D800), 0x10FFFF])),
-]
-MATH = [
-    r"\frac{x+1}{2}",
-    r"2\sqrt{3}",
-    "(1, 2]",
-    r"7\frac{3}{4}",
-    r"\{1, 2\}",
-    "x^{2}+1",
-    r"\ln(2x)",
-    "1,234.50",
-    "0.75",
-]
-MATH += [
-    r"\begin{pmatrix}1 & 2 \\ 3 & 4\end{pmatrix}",
-    r"90^\circ",
-    r"5\text{ cm}",
-    r"x \in [0, \infty)",
-    "1+x",
-    r"50\%",
-]
-
-
-def texts(count: int, seeds: list[str], seed: int = 0) -> Iterator[str]:
-    """One text in four by chance, the others from mutations of the seeds; always the same."""
-    chance = random.Random(seed)
-    for _ in range(count):
-        if chance.random() < 0.25:
-            yield "".join(chance.choices(chance.choice(ALPHABETS), k=chance.randrange(60)))
-            continue
-        text = chance.choice(seeds)
-        for _ in range(chance.randrange(1, 4)):
-            text = mutated(chance, text, seeds)
-        yield text[:2_000]
-
-
-def mutated(chance: random.Random, text: str, seeds: list[str]) -> str:
-    start = chance.randrange(len(text) + 1)
-    end = min(len(text), start + chance.randrange(1, 6))
-    match chance.randrange(7):
-        case 0:  # a byte
-            data = bytearray(text.encode(errors="replace") or b"0")
-            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
-            return data.decode(errors="replace")
-        case 1:  # a part is gone
-            return text[:start] + text[end:]
-        case 2:  # a part is repeated
-            return text[:start] + text[start:end] * chance.randrange(2, 30) + text[end:]
-        case 3:  # a digit of another script
-            return re.sub("[0-9]", lambda match: chance.choice([match[0], chr(0x660 + int(match[0]))]), text)
-        case 4:  # another answer's part
-            other = chance.choice(seeds)
-            return text[:start] + other[chance.randrange(len(other)) :]
-        case 5:  # the same in capitals, or not
-            return text.swapcase()
-    return text[:start] + chance.choice(PIECES) + text[start:]
-
-
-def boxed(answers: list[str]) -> list[str]:
-    return [*answers, *(rf"<think>so</think> \boxed{{{answer}}}" for answer in answers)]
-
-
-SEEDS = {
-    "countdown": boxed(["3*4+5", "5+3×4 = 17", "(3*4)+5", "-(-5-4*3)", "5-3*(-4)"]),
-    "walk": boxed(["DDRR", "d d r r", "DDDRUR", "DDDRRU"]),
-    "exact": boxed(["18", "1,234.5", "$-0.5", "Paris", "#### 18.0"]),
-    "letter": boxed(["B", "(B)", "B. seven", r"\text{B}", r"\textbf{(B) } 7"]),
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("grader", INLINE)
-def test_a_million_texts_in_this_process(grader: str, canary: Path, figure: Callable[[str], None]):
-    total, seconds, right = 1_000_000, 0.0, 0
-    oracle = getattr(answer_checks, f"check_{grader}")
-    stream = texts(total, SEEDS[grader])
-    with GraderPool(grader) as pool:
-        while batch := [text for _, text in zip(range(10_000), stream, strict=False)]:
-            items = [GradeItem(text, INLINE[grader]) for text in batch]
-            start = time.perf_counter()
-            grades = pool.grade(items)
-            seconds += time.perf_counter() - start
-            assert all(grade.error is None and grade.score in (0.0, 1.0) for grade in grades)
-            right += sum(grade.score or 0.0 for grade in grades)
-            for text in batch:
-                oracle(text, INLINE[grader]) if grader in ("countdown", "walk") else oracle(text)
+def test_a_million_texts_without_processes(grader: str, canary: Path, figure: Callable[[str], None]):
+    """In an interpreter of its own, for the tests' checks of types cost more than the graders."""
+    total = 1_000_000
+    done = subprocess.run(
+        [sys.executable, FAULTS / "many_answers.py", grader, str(total)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(FAULTS.parents[1])},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    right, rate = json.loads(done.stdout)
     assert 0.01 * total < right < 0.9 * total  # both kinds are well among them
-    figure(f"{grader}: {total:,} texts, {right:,.0f} right, {total / seconds:,.0f} a second")
+    figure(f"{grader}: {total:,} texts, {right:,.0f} right, {rate:,.0f} a second")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("grader", "total"), [("prm800k", 100_000), ("released", 100_000), ("math", 20_000)])
+@pytest.mark.parametrize(("grader", "total"), [("prm800k", 100_000), ("released", 100_000), ("math", 30_000)])
 def test_many_texts_in_workers(grader: str, total: int, canary: Path, figure: Callable[[str], None]):
     truth = IN_WORKERS[grader]
     seeds = [rf"<think>so</think> \boxed{{{answer}}}" for answer in MATH] + [RIGHT[grader]] * 5

@@ -107,8 +107,8 @@ def boxed(answers: list[str]) -> list[str]:
 
 
 SEEDS = {
-    "countdown": boxed(["3*4+5", "5+3×4 = 17", "(3*4)+5", "-(-5-4*3)", "5-3*(-4)"]),
-    "walk": boxed(["DDRR", "d d r r", "DDDRUR", "DDDRRU"]),
+    "countdown": boxed(["3*4+5", "5+3×4 = 17", "(3*4)+5", "-(-5-4*3)", "5-3*(-4)", "17e0+0e0*(3+4+5)", "1_7"]),
+    "walk": boxed(["DDRR", "d d r r", "DDDRUR", "DDDRRU", "DDDDRRUU"]),  # the last is too long
     "exact": boxed(["18", "1,234.5", "$-0.5", "Paris", "#### 18.0"]),
     "letter": boxed(["B", "(B)", "B. seven", r"\text{B}", r"\textbf{(B) } 7"]),
 }

@@ -155,7 +155,7 @@ ANSWERS = st.one_of(
     st.text(SYMBOLS, max_size=30),
     st.text("UDLRudlr ", max_size=12),
     st.text(r"0123456789.,+-$\% eEAaBb()[]{}" + "\n", max_size=20),
-    st.sampled_from([*RIGHT.values(), *(truth for truth in answer_checks.EXACT)]),
+    st.sampled_from([*RIGHT.values(), *answer_checks.EXACT, *chain(*SEEDS.values())]),
     EXPRESSIONS,
 )
 
@@ -167,8 +167,10 @@ def test_any_answer_is_judged_as_the_oracles_judge_it(answer: str, wrapper: str)
 
 
 CHEATS = {
-    "19e0+0e0*(3+4+5)": [3, 4, 5, 19],
-    "17e0": [17],
+    "17e0+0e0*(3+4+5)": [3, 4, 5],
+    "17.+0.*(3+4+5)": [3, 4, 5],
+    "17e0": [],
+    "17j*-1j": [],
     "1_7": [17],
     "0x11": [17],
     "34/2": [3, 4, 2],

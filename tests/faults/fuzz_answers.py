@@ -2,7 +2,8 @@
 
     python tests/faults/fuzz_answers.py FOLDER -runs=1000000 -max_len=400
 
-The options are libFuzzer's; FOLDER, which must exist, keeps texts that reached something new. It ends with code 0 if none broke a check.
+The options are libFuzzer's; FOLDER, which must exist, keeps texts that reached something new. It ends with code 0 if
+none broke a check, and otherwise keeps the text that did.
 """
 
 import sys

@@ -196,7 +196,7 @@ def _outcomes(groups: Sequence[Graded], part: int, name: str) -> Row_:
     lengths = [length for group in groups for length in _of_mode(group, group.lengths, part)]
     reasons = [reason for group in groups for reason in _of_mode(group, group.finish_reasons, part)]
     return {
-        f"reward/{name}": metrics.average_at_k(rewards),
+        f"reward/{name}": metrics.mean_reward(rewards),
         f"accuracy/{name}": metrics.average_at_k(correct),
         f"response_length/{name}": float(np.mean(lengths)),
         f"truncated/{name}": float(np.mean([reason == "length" for reason in reasons])),

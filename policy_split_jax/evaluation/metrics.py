@@ -95,6 +95,12 @@ def majority_at_k(canonical: Sequence[Sequence[Hashable | None]], correct: Grade
     return mean_over_questions(majority_at_k_per_question(canonical, correct))
 
 
+def mean_reward(rewards: Float[np.ndarray, "Q n"]) -> float:
+    """Mean reward of the graded samples, which may be any number, each question weighing the same."""
+    graded = (~np.isnan(rewards)).sum(axis=1)
+    return mean_over_questions(np.where(graded > 0, np.nansum(rewards, axis=1) / np.maximum(graded, 1), np.nan))
+
+
 def best_of_k_per_question(rewards: Float[np.ndarray, "Q n"]) -> Float[np.ndarray, "Q"]:
     """Highest reward of each question; NaN counts nowhere, a question of only NaN is left out."""
     highest = np.where(np.isnan(rewards), -np.inf, rewards).max(axis=1, initial=-np.inf)

@@ -54,9 +54,19 @@ def checked_score(result: object) -> float:
         result = result["score"]
     if not isinstance(result, Real):
         raise ValueError(f"returned {type(result).__name__}, not a number")
-    if not math.isfinite(result):
-        raise ValueError(f"returned {float(result)}, not a finite number")
-    return float(result)
+    try:
+        score = float(result)
+    except OverflowError:
+        score = math.inf
+    if not math.isfinite(score):
+        raise ValueError(f"returned {score}, not a finite number")
+    return score
+
+
+def place(function: Callable[..., Any], source: str) -> str:
+    """Where a function begins, as file:line; its file `source` alone where it is not written in Python."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else source
 
 
 def describe(error: BaseException, source: str = "") -> str:

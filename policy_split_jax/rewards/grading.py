@@ -75,6 +75,6 @@ def _custom(function: Callable[..., Any], source: str) -> Callable[[GradeItem], 
         try:
             return Grade(custom.checked_score(result), exact.answered(item.response, ""))
         except ValueError as error:
-            return Grade(None, error=f"{error} ({source})")
+            return Grade(None, error=f"{error} ({custom.place(function, source)})")
 
     return grade

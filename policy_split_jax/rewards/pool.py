@@ -8,25 +8,28 @@ threads, which forbids a fork, and its main module may be heavy, which a spawn w
 import json
 import math
 import os
-import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
-from multiprocessing import Pipe
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import wait
 from typing import Any
 
 from policy_split_jax.errors import UserError
+from policy_split_jax.rewards.family import kill_family
 from policy_split_jax.rewards.grading import BUILT_IN, Grade, GradeItem, load_grader
 
 INLINE = ("countdown", "exact", "letter", "walk")
 CHUNK = 16
 START_LIMIT = 120.0
+START_ATTEMPTS = 3
+"""How often in a row a worker is started that ends before it can grade."""
 
+_READ_BYTES = 2**16
 # One worker is one core's work, and each idle BLAS thread reserves memory that the limit counts.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 _START = (
@@ -35,14 +38,30 @@ _START = (
 )
 
 
-class _Worker:
-    """The parent's end of a worker process; `pending` are the answers it has been sent and not replied to."""
+@dataclass
+class _Job:
+    """The answers of one call: how each is sent, those that wait, and the grades of the others."""
 
-    def __init__(self, setup: Mapping[str, Any]) -> None:
+    messages: dict[int, str] = field(default_factory=dict)
+    queue: deque[int] = field(default_factory=deque)
+    grades: dict[int, Grade] = field(default_factory=dict)
+    retried: set[int] = field(default_factory=set)
+
+
+class _Worker:
+    """The parent's end of a worker process; `pending` are the answers it has been sent and not replied to.
+
+    Nothing here waits for a worker that is stuck: what it sends is read as far as it has come.
+    """
+
+    def __init__(self, setup: Mapping[str, Any], attempt: int = 1) -> None:
+        self.attempt = attempt
         self.ready = False
+        self.begun = False  # it has read the answers: its end from then on is the work of the first
         self.pending: deque[int] = deque()
         self.deadline = time.monotonic() + START_LIMIT
-        self.connection, remote = Pipe()
+        self.socket, remote = socket.socketpair()
+        self._unread = b""
         path = json.dumps([*sys.path, os.getcwd()])
         with remote:
             self.process = subprocess.Popen(
@@ -53,28 +72,39 @@ class _Worker:
                 env=os.environ | _ONE_THREAD,
             )
         with suppress(OSError):  # already dead: the next read says so
-            self.send(json.dumps(setup))
+            self.send(json.dumps(setup), START_LIMIT)
 
     @property
     def busy(self) -> bool:
         return not self.ready or bool(self.pending)
 
-    def send(self, message: str) -> None:
-        self.connection.send_bytes(message.encode())
+    def send(self, message: str, limit: float) -> None:
+        """Raises OSError where the worker is dead, or has not taken the message within the limit (in seconds)."""
+        self.socket.settimeout(limit)
+        self.socket.sendall(message.encode() + b"\n")
+
+    def receive(self) -> list[Any]:
+        """The messages that have come since. Raises EOFError or OSError at its end, ValueError for no JSON."""
+        self.socket.settimeout(0.0)
+        with suppress(BlockingIOError):
+            data = self.socket.recv(_READ_BYTES)
+            if not data:
+                raise EOFError
+            *lines, self._unread = (self._unread + data).split(b"\n")
+            return [json.loads(line) for line in lines]
+        return []
 
     def exit_reason(self) -> str:
-        """How the process ended, asked after its pipe did."""
+        """How the process ended, asked after its socket did."""
         try:
             code = self.process.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
-            return "its pipe is closed"
+            return "its socket is closed"
         return f"signal {-code}" if code < 0 else f"exit code {code}"
 
     def kill(self) -> None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.connection.close()
+        kill_family(self.process)
+        self.socket.close()
 
 
 class GraderPool:
@@ -94,15 +124,17 @@ class GraderPool:
         if min(workers, time_limit, memory_limit_mb) <= 0:
             raise UserError("graders: workers, time limit and memory limit must be positive")
         self._time_limit = time_limit
-        self._setup = {"reward": reward, "memory_limit_mb": memory_limit_mb}
+        self._setup = {"reward": reward, "memory_limit_mb": memory_limit_mb, "time_limit": time_limit}
         self._inline = load_grader(reward) if reward in INLINE else None
         self._closed = False
+        self._loaded = False
         self._workers: list[_Worker] = []
         try:
             for _ in range(workers if self._inline is None else 0):
                 self._workers.append(_Worker(self._setup))
             while not all(worker.ready for worker in self._workers):
-                self._receive({}, deque())
+                self._receive(_Job())
+            self._loaded = True
         except BaseException:
             self.close()
             raise
@@ -138,65 +170,84 @@ class GraderPool:
             raise
 
     def _grade_in_workers(self, items: Sequence[GradeItem]) -> list[Grade]:
-        grades: dict[int, Grade] = {}
-        messages: dict[int, str] = {}
+        job = _Job()
         for index, item in enumerate(items):
             try:
-                messages[index] = json.dumps(asdict(item))
+                job.messages[index] = json.dumps(asdict(item))
             except (TypeError, ValueError) as error:
-                grades[index] = Grade(None, error=f"ground truth and extra information must be JSON: {error}")
-        queue = deque(messages)
-        while len(grades) < len(items):
-            self._assign(messages, queue)
-            self._receive(grades, queue)
-        return [grades[index] for index in range(len(items))]
+                job.grades[index] = Grade(None, error=f"ground truth and extra information must be JSON: {error}")
+        job.queue.extend(job.messages)
+        while len(job.grades) < len(items):
+            self._assign(job)
+            self._receive(job)
+        return [job.grades[index] for index in range(len(items))]
 
-    def _assign(self, messages: Mapping[int, str], queue: deque[int]) -> None:
+    def _assign(self, job: _Job) -> None:
         """Gives each idle worker its next answers; few enough that the workers finish together."""
-        for place, worker in enumerate(self._workers):
-            if worker.busy or not queue:
+        for worker in tuple(self._workers):
+            if worker.busy or not job.queue:
                 continue
-            count = min(CHUNK, math.ceil(len(queue) / len(self._workers)))
-            worker.pending.extend(queue.popleft() for _ in range(count))
+            count = min(CHUNK, math.ceil(len(job.queue) / len(self._workers)))
+            worker.pending.extend(job.queue.popleft() for _ in range(count))
+            worker.begun = False
             worker.deadline = time.monotonic() + self._time_limit
             try:
-                worker.send("[" + ",".join(messages[index] for index in worker.pending) + "]")
-            except OSError:  # it died while idle: no answer is to blame
-                queue.extendleft(reversed(worker.pending))
-                worker.kill()
-                self._workers[place] = _Worker(self._setup)
+                message = "[" + ",".join(job.messages[index] for index in worker.pending) + "]"
+                worker.send(message, self._time_limit)
+            except OSError:
+                self._replace(worker, "the grader process took no answers", job)
 
-    def _receive(self, grades: dict[int, Grade], queue: deque[int]) -> None:
+    def _receive(self, job: _Job) -> None:
         """Waits for the busy workers, takes in what they sent, and replaces the dead and the overdue."""
         busy = [worker for worker in self._workers if worker.busy]
         remaining = min(worker.deadline for worker in busy) - time.monotonic()
-        wait([worker.connection for worker in busy], max(remaining, 0.0))
+        came = wait([worker.socket for worker in busy], max(remaining, 0.0))
         for worker in busy:
             try:
-                while worker.busy and worker.connection.poll():
-                    self._take(worker, grades)
-            except (EOFError, ConnectionError):
-                self._replace(worker, f"the grader process died ({worker.exit_reason()})", grades, queue)
+                for message in worker.receive() if worker.socket in came else []:
+                    self._take(worker, message, job)
+            except (EOFError, OSError):
+                self._replace(worker, f"the grader process died ({worker.exit_reason()})", job)
+                continue
+            except (ValueError, TypeError, LookupError):
+                self._replace(worker, "the grader process sent what is no grade", job)
                 continue
             if worker.busy and time.monotonic() > worker.deadline:
                 limit = self._time_limit if worker.ready else START_LIMIT
-                self._replace(worker, f"no result within {limit:g} s", grades, queue)
+                self._replace(worker, f"no result within {limit:g} s", job)
 
-    def _take(self, worker: _Worker, grades: dict[int, Grade]) -> None:
-        message = json.loads(worker.connection.recv_bytes())
-        if worker.ready:
-            grades[worker.pending.popleft()] = Grade(**message)
-        elif message["error"] is not None:
-            raise UserError(message["error"])
-        worker.ready = True
+    def _take(self, worker: _Worker, message: Any, job: _Job) -> None:
+        """A worker says that it has loaded, for each list of answers that it has read it, and then its grades."""
+        if not worker.ready:
+            if message["error"] is not None:
+                raise UserError(message["error"])
+            worker.ready = True
+        elif not worker.begun:
+            worker.begun = True
+        else:
+            job.grades[worker.pending[0]] = Grade(**message)
+            worker.pending.popleft()
         worker.deadline = time.monotonic() + self._time_limit
 
-    def _replace(self, worker: _Worker, reason: str, grades: dict[int, Grade], queue: deque[int]) -> None:
-        """Ends a worker, blames the answer it was at, and puts those behind it back in front of the queue."""
-        if not worker.ready:
+    def _replace(self, worker: _Worker, reason: str, job: _Job) -> None:
+        """Ends a worker and starts another for its answers, but for the one that is to blame."""
+        if not worker.ready and (not self._loaded or worker.attempt == START_ATTEMPTS):
             remedy = "check its imports, and the graders' memory limit"
             raise UserError(f"reward {self._setup['reward']!r}: {reason} while loading; {remedy}")
-        grades[worker.pending.popleft()] = Grade(None, error=reason)
-        queue.extendleft(reversed(worker.pending))
+        if worker.pending:
+            self._put_back(worker, reason, job)
         worker.kill()
-        self._workers[self._workers.index(worker)] = _Worker(self._setup)
+        attempt = 1 if worker.ready else worker.attempt + 1
+        self._workers[self._workers.index(worker)] = _Worker(self._setup, attempt)
+
+    def _put_back(self, worker: _Worker, reason: str, job: _Job) -> None:
+        """Blames the answer that a worker was at; the others wait again, in front.
+
+        A worker that ended before it had read its answers was at none of them, but that happens to no answer twice.
+        """
+        first = worker.pending[0]
+        if worker.begun or first in job.retried:
+            job.grades[worker.pending.popleft()] = Grade(None, error=reason)
+        else:
+            job.retried.add(first)
+        job.queue.extendleft(reversed(worker.pending))

@@ -66,6 +66,14 @@ def test_both_modes_together():
     assert row["only_high_entropy_solved"] == 0.5
 
 
+def test_rewards_need_not_be_zero_or_one():
+    row = evaluate.outcome_metrics([group([(0.75, "8"), (None, None)], [(-1.0, "7"), (0.5, "7")])])
+    assert (row["reward/normal"], row["reward/high_entropy"], row["grader/failed"]) == (0.75, -0.25, 1)
+    assert row["reward/both"] == pytest.approx(0.25 / 3)
+    assert (row["accuracy/normal"], row["accuracy/high_entropy"]) == (1.0, 0.0)
+    assert (row["best_of_k/normal"], row["best_of_k/high_entropy"]) == (0.75, 0.5)
+
+
 @pytest.mark.parametrize(("normal", "name"), [(True, "normal"), (False, "high_entropy")])
 def test_what_one_mode_sampled_has_its_figures_alone(normal, name):
     """Those of the baselines, of which the other mode has none: not its share, and not that of both."""

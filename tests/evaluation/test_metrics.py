@@ -112,6 +112,11 @@ def test_a_reward_between_zero_and_one_is_not_taken_for_correctness():
         metrics.average_at_k(np.array([[0.5, 1.0]]))
 
 
+def test_rewards_may_be_any_numbers_and_failed_grades_count_nowhere():
+    rewards = np.array([[0.25, NAN, -2.0, 1.0], [0.5, NAN, NAN, NAN], [NAN, NAN, NAN, NAN]])
+    assert metrics.mean_reward(rewards) == pytest.approx((-0.25 + 0.5) / 2)
+
+
 def test_average_weighs_questions_alike_and_skips_failed_grades():
     correct = np.array([[1.0, NAN, NAN, NAN], [1.0, 0.0, 0.0, 0.0], [NAN, NAN, NAN, NAN]])
     assert metrics.average_at_k(correct) == pytest.approx((1.0 + 0.25) / 2)
@@ -123,6 +128,7 @@ def test_nothing_graded_gives_nan_everywhere():
     answers = [["a", "b", None]] * 2
     values = [
         metrics.average_at_k(nothing),
+        metrics.mean_reward(nothing),
         metrics.pass_at_k(nothing, 1),
         metrics.majority_at_k(answers, nothing),
         metrics.best_of_k(nothing),

@@ -64,6 +64,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("runs"))
 
 
+sys.path.append(str(Path(__file__).parent))  # for what tests share, and scripts here
+
+
 @pytest.fixture
 def figure(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
     """Keeps a line for the end of the run, whichever process the test runs in."""

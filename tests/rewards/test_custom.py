@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from policy_split_jax.errors import UserError
-from policy_split_jax.rewards.custom import checked_score, load
+from policy_split_jax.rewards.custom import checked_score, load, place
 
 GOOD = "def compute_score(data_source, solution_str, ground_truth, extra_info):\n    return 0.5\n"
 
@@ -31,6 +31,13 @@ def test_a_module_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(tmp_path)
     function, _ = load("some_reward_module:compute_score")
     assert function("", "", None, {}) == 0.5
+
+
+def test_where_a_function_begins(tmp_path: Path):
+    file = tmp_path / "mine.py"
+    file.write_text("import functools\n\n" + GOOD + "\nbound = functools.partial(compute_score)\n")
+    assert place(*load(f"{file}:compute_score")) == f"{file}:3"
+    assert place(*load(f"{file}:bound")) == str(file)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +93,7 @@ def test_numbers_are_scores(result: object, score: float):
     [
         (math.nan, "nan"),
         (math.inf, "inf"),
+        (10**400, "inf"),
         (None, "NoneType"),
         ("1.0", "str"),
         ([1.0], "list"),

@@ -3,6 +3,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -44,6 +45,21 @@ def compute_score(data_source, solution_str, ground_truth, extra_info):
     if solution_str == "interrupt":
         os.kill(os.getpid(), signal.SIGINT)
         return 1.0
+    if solution_str == "fork":
+        os.fork()
+        return 2.0
+    if solution_str == "print":
+        print("a reward's print")
+        os.system("echo a child")
+        return 1.0
+    if solution_str == "write":
+        for name in os.listdir("/proc/self/fd"):
+            if os.path.exists(f"/proc/self/fd/{name}") and "socket" in os.readlink(f"/proc/self/fd/{name}"):
+                os.write(int(name), extra_info["text"].encode())
+        time.sleep(extra_info.get("seconds", 0))
+    if solution_str == "new session":
+        child = subprocess.Popen(["sleep", "1000"], start_new_session=True, env={})
+        return child.pid
     if solution_str == "pid":
         return os.getpid()
     return {"nan": math.nan, "str": "1.0", "none": None, "dict": {"score": 0.75}}.get(solution_str) \\
@@ -75,9 +91,9 @@ def test_failures_have_no_score_and_neighbours_keep_theirs(reward: str):
         "segfault": r"the grader process died \(signal 11\)",
         "sys.exit": rf"SystemExit: bye \(.*my_reward.py:{line('sys.exit(')}\)",
         "memory": rf"MemoryError \(.*my_reward.py:{line('bytearray')}\)",
-        "nan": "returned nan, not a finite number",
-        "str": "returned str, not a number",
-        "none": "returned NoneType, not a number",
+        "nan": rf"returned nan, not a finite number \(.*my_reward.py:{line('def compute_score')}\)",
+        "str": rf"returned str, not a number \(.*my_reward.py:{line('def compute_score')}\)",
+        "none": rf"returned NoneType, not a number \(.*my_reward.py:{line('def compute_score')}\)",
         "text": "could not convert string to float",
     }
     responses = []
@@ -146,6 +162,94 @@ def test_a_worker_that_dies_while_idle_costs_no_answer(reward: str):
         os.kill(int(pid), signal.SIGKILL)
         assert _gone(int(pid))
         assert pool.grade(items("1", "2")) == [Grade(1.0, "1"), Grade(2.0, "2")]
+
+
+def test_a_worker_that_dies_before_it_reads_its_answers_costs_none(reward: str):
+    with GraderPool(reward, workers=1) as pool:
+        pid = pool._workers[0].process.pid
+        os.kill(pid, signal.SIGSTOP)  # so that the answers wait in the socket
+        killer = threading.Timer(0.3, os.kill, (pid, signal.SIGKILL))
+        killer.start()
+        assert pool.grade(items("1", "2")) == [Grade(1.0, "1"), Grade(2.0, "2")]
+        killer.join()
+        assert pool._workers[0].process.pid != pid
+
+
+def test_a_worker_that_reads_nothing_is_replaced_however_much_it_was_sent(reward: str):
+    with GraderPool(reward, workers=1, time_limit=1.0) as pool:
+        os.kill(pool._workers[0].process.pid, signal.SIGSTOP)
+        start = time.monotonic()
+        long = " " * 2_000_000  # more than a socket holds
+        assert [grade.score for grade in pool.grade(items("1" + long, "2"))] == [1.0, 2.0]
+        assert 1.0 <= time.monotonic() - start < 9.0
+
+
+def test_answers_that_are_never_read_are_given_up(reward: str, monkeypatch: pytest.MonkeyPatch):
+    with GraderPool(reward, workers=1) as pool:
+        dead = "import sys, os; from policy_split_jax.rewards.worker import _send; import socket; "
+        dead += "stream = socket.socket(fileno=int(sys.argv[1])).makefile('rwb'); stream.readline(); "
+        dead += "_send(stream, {'error': None}); stream.readline(); os._exit(7)"
+        os.kill(pool._workers[0].process.pid, signal.SIGKILL)
+        monkeypatch.setattr("policy_split_jax.rewards.pool._START", dead)
+        grades = pool.grade(items("1", "2"))
+    assert grades == [Grade(None, error="the grader process died (exit code 7)")] * 2
+
+
+def test_a_replacement_that_dies_while_it_loads_is_started_again(tmp_path: Path):
+    count = tmp_path / "count"
+    count.touch()
+    (tmp_path / "module.py").write_text(
+        "import os\n"
+        f"open({str(count)!r}, 'a').write('x')\n"
+        f"number = os.path.getsize({str(count)!r})\n"
+        "if number in (2, 4, 5, 6): os._exit(5)\n"
+        "def f(data_source, solution_str, ground_truth, extra_info):\n"
+        "    return os._exit(3) if solution_str == 'exit' else number\n"
+    )
+    died = Grade(None, error="the grader process died (exit code 3)")
+    with GraderPool(f"{tmp_path / 'module.py'}:f", workers=1) as pool:
+        assert pool.grade(items("exit", "a")) == [died, Grade(3.0, "a")]
+        with pytest.raises(UserError, match=r"died \(exit code 5\) while loading"):
+            pool.grade(items("exit", "a"))
+    assert count.read_text() == "x" * 6
+
+
+def test_the_child_of_a_reward_that_forks_sends_no_grade(reward: str):
+    with GraderPool(reward, workers=1) as pool:
+        assert [grade.score for grade in pool.grade(items("fork", "1", "fork", "3"))] == [2.0, 1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("text", ["no json\n", "[1]\n", "7\n", '{"score": 1, "what": 2}\n', '{"sco'])
+def test_what_is_no_grade_ends_the_worker_and_not_the_run(reward: str, text: str):
+    with GraderPool(reward, workers=1) as pool:
+        grades = pool.grade([GradeItem("write", None, extra_info={"text": text}), *items("1")])
+        assert grades == [Grade(None, error="the grader process sent what is no grade"), Grade(1.0, "1")]
+        assert pool.grade(items("2")) == [Grade(2.0, "2")]
+
+
+def test_half_a_message_is_waited_for_no_longer_than_the_limit(reward: str):
+    half = GradeItem("write", None, extra_info={"text": '{"sco', "seconds": 1000})
+    with GraderPool(reward, workers=1, time_limit=1.0) as pool:
+        assert pool.grade([half, *items("1")]) == [Grade(None, error="no result within 1 s"), Grade(1.0, "1")]
+
+
+def test_what_a_reward_prints_is_no_output_of_the_command(reward: str):
+    script = (
+        "from policy_split_jax.rewards import *\n"
+        f"with GraderPool({reward!r}, workers=1) as pool: print(pool.grade([GradeItem('print', None)])[0].score)"
+    )
+    project = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=project, check=True)
+    assert done.stdout == "1.0\n"
+    assert done.stderr.splitlines() == ["a reward's print", "a child"]
+
+
+def test_a_child_in_a_session_of_its_own_ends_with_its_worker(reward: str):
+    with GraderPool(reward, workers=1) as pool:
+        pid = pool.grade(items("new session"))[0].score
+        assert pid is not None
+        assert Path(f"/proc/{int(pid)}").exists()
+    assert _gone(int(pid))
 
 
 def test_what_is_not_json_fails_alone(reward: str):

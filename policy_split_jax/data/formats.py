@@ -111,7 +111,8 @@ def _check_characters(place: str, record: dict[str, Any]) -> None:
         try:
             json.dumps([column, value], ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise UserError(f"{place}: {column} holds half a surrogate pair; repair the text") from None
+            shown = column.encode(errors="backslashreplace").decode()
+            raise UserError(f"{place}: {shown} holds half a surrogate pair; repair the text") from None
         except RecursionError:
             raise _too_deep(place, column) from None
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from policy_split_jax import config as settings
 from policy_split_jax.config import EMBEDDED, RunConfig, SftConfig
-from policy_split_jax.data.formats import Row, question_of, read_records, rows_of
+from policy_split_jax.data.formats import Row, check_text, check_values, question_of, read_records, rows_of
 from policy_split_jax.errors import UserError
 from policy_split_jax.files import check_output, whole_file, write_json
 from policy_split_jax.model import huggingface, qwen3
@@ -113,7 +113,10 @@ def _converse(answer: Any, key: jax.Array) -> None:
             question = input("question> " if interactive else "").strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input: not UTF-8 at byte {error.start} of what was read; type UTF-8") from None
         if question:
+            check_text("standard input", "the question", question)
             for row in answer([Row(question, None, "prompt")], jax.random.fold_in(key, number)):
                 print(f"{row['mode']:>12}  {row['text']}")
             number += 1
@@ -124,6 +127,8 @@ def score(options: argparse.Namespace) -> None:
     from policy_split_jax.evaluation.score_rows import score_answers, score_contexts
 
     records = list(read_records(Path(options.input)))
+    for place, record in records:
+        check_values(place, record)
     check_output(Path(options.output))
     policy, params = load_chosen(options)
     run = score_contexts if options.prompt_tokens else score_answers

@@ -453,6 +453,7 @@ class SftConfig:
 
 
 ConfigT = TypeVar("ConfigT", RunConfig, SftConfig)
+DataclassT = TypeVar("DataclassT")
 
 
 class _Loader(yaml.SafeLoader):
@@ -527,8 +528,8 @@ def read_tree(path: Path) -> dict[str, Any]:
     return tree
 
 
-def from_dict(kind: type[ConfigT], tree: dict[str, Any], source: str) -> ConfigT:
-    """Builds a configuration from plain values; `source` is named in errors."""
+def from_dict(kind: type[DataclassT], tree: dict[str, Any], source: str) -> DataclassT:
+    """Builds a configuration, or a part of one, from plain values; `source` is named in errors."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     # The wrapping dict lets unknown keys be refused in plain dataclasses.

@@ -70,6 +70,15 @@ def render_chat(tokenizer: Any, turns: Sequence[tuple[str, str]], mode: int, pro
     return _encode(tokenizer, template, {mark: [text] for mark, text in zip(marks, texts, strict=True)}, 1)[0]
 
 
+def keeps_texts(tokenizer: Any, prompts: ModePrompts) -> bool:
+    """Whether the chat template has the question in the prompts of both modes, and the system turn in the one's.
+
+    A template is a program, and may raise whatever programs raise.
+    """
+    normal, high_entropy = (_question_template(tokenizer, mode, prompts) for mode in (NORMAL, HIGH_ENTROPY))
+    return _QUESTION_MARK in normal and _QUESTION_MARK in high_entropy and _SYSTEM_MARK in high_entropy
+
+
 def shared_prefix(tokenizer: Any, mode: int, prompts: ModePrompts) -> list[int]:
     """The token ids with which every prompt of a mode begins, whatever the question.
 
@@ -134,9 +143,10 @@ def encode_plain(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     distinct = list(dict.fromkeys(texts))
     if not any(distinct):
         return [[] for _ in texts]
-    ids = tokenizer(distinct, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)[
-        "input_ids"
-    ]
+    # verbose: whether a prompt is too long is ours to say.
+    ids = tokenizer(
+        distinct, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+    )["input_ids"]
     by_text = dict(zip(distinct, ids, strict=True))
     return [list(by_text[text]) for text in texts]
 

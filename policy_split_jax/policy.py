@@ -8,11 +8,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from policy_split_jax.config import EMBEDDED, EMBEDDED_WALK
+from policy_split_jax.config import EMBEDDED, EMBEDDED_WALK, from_dict
 from policy_split_jax.errors import UserError
 from policy_split_jax.model import huggingface
 from policy_split_jax.model.qwen3 import Params, Qwen3Config
-from policy_split_jax.modes import ModePrompts, decode_response
+from policy_split_jax.modes import ModePrompts, decode_response, keeps_texts, render_both
 from policy_split_jax.padding import TokenRow
 from policy_split_jax.text_stream import TextStream
 
@@ -71,13 +71,38 @@ def model_folder(path: str) -> Path:
 
 def load_policy(folder: Path) -> Policy:
     """Reads all of a model folder but its weights; the prompts are those of its `policy_split.json`."""
-    return Policy(
+    policy = Policy(
         folder=folder,
         config=huggingface.load_config(folder),
         tokenizer=huggingface.load_tokenizer(folder),
         stop_ids=huggingface.load_generation_config(folder).stop_ids,
         prompts=_read_prompts(folder),
     )
+    _check_tokenizer(policy)
+    return policy
+
+
+def _check_tokenizer(policy: Policy) -> None:
+    """Raises UserError for a tokenizer that fails, that loses what it is given, or that belongs to another model."""
+    try:
+        whole = keeps_texts(policy.tokenizer, policy.prompts)
+        render_both(policy.tokenizer, ["1"], policy.prompts)
+    except Exception as error:  # the template is a program of the folder's, and tokenizers raises bare Exception
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{policy.folder}: the tokenizer or its chat template fails ({reason}); download the tokenizer again"
+        ) from error
+    if not whole:
+        raise UserError(
+            f"{policy.folder}: the chat template leaves out the question or the system turn; "
+            "use the instruct model's tokenizer"
+        )
+    largest = max(*policy.tokenizer.get_vocab().values(), *policy.stop_ids)
+    if largest >= policy.config.vocab_size:
+        raise UserError(
+            f"{policy.folder}: token {largest} of the tokenizer or the stop tokens is beyond config.json's vocab_size "
+            f"{policy.config.vocab_size}; take all files from one model"
+        )
 
 
 def load_model(path: str) -> tuple[Policy, Params]:
@@ -105,7 +130,7 @@ def _read_prompts(folder: Path) -> ModePrompts:
     path = folder / PROMPTS_FILE
     if not path.is_file():
         return ModePrompts()
-    try:
-        return ModePrompts(**huggingface.read_json(path))
-    except TypeError as error:
-        raise UserError(f"{path}: {error}; it holds high_entropy, enable_thinking, question_template") from None
+    prompts = from_dict(ModePrompts, huggingface.read_json(path), str(path))
+    if "{question}" not in prompts.question_template:
+        raise UserError(f"{path}: question_template must contain {{question}}")
+    return prompts

@@ -31,6 +31,7 @@ from policy_split_jax.training.batch import Batch
 from policy_split_jax.training.collate import SharedGroup, make_batch
 
 Progress = Callable[[int], None]
+_RENDERED_AT_ONCE = 1024
 
 
 def no_progress(finished: int) -> None:
@@ -198,19 +199,45 @@ def training_prompts(
 def render_prompts(policy: Policy, rows: Sequence[Row], limit: int) -> list[tuple[list[int], list[int]]]:
     """Each question's prompts, indexed by mode; UserError where one has more than `limit` tokens."""
     prompts = _render(policy, rows)
-    _check(prompts, rows, limit)
+    _check(_sizes(prompts), rows, limit)
     return prompts
 
 
 def check_prompts(policy: Policy, rows: Sequence[Row], limit: int, sharing: SharingConfig) -> None:
     """Raises UserError where a prompt that samples or trains has more than `limit` tokens."""
-    _check(_all_prompts(policy, rows, sharing), rows, limit)
+    _check(_bounded_sizes(policy, rows, limit, sharing), rows, limit)
 
 
 def without_long_prompts(policy: Policy, rows: Sequence[Row], limit: int, sharing: SharingConfig) -> list[Row]:
     """The rows whose prompts have at most `limit` tokens in both modes."""
-    sizes = _sizes(_all_prompts(policy, rows, sharing))
+    sizes = _bounded_sizes(policy, rows, limit, sharing)
     return [row for row, size in zip(rows, sizes, strict=True) if size <= limit]
+
+
+def _bounded_sizes(policy: Policy, rows: Sequence[Row], limit: int, sharing: SharingConfig) -> list[int]:
+    """Tokens of each question's longest prompt, where they may be more than `limit`; elsewhere a number that is
+    at most `limit` and not less than they are.
+
+    A million questions are thus looked at in seconds, and few prompts are held at a time.
+    """
+    sizes = _most_tokens(policy, rows, sharing)
+    doubtful = [at for at, size in enumerate(sizes) if size > limit]
+    for start in range(0, len(doubtful), _RENDERED_AT_ONCE):
+        part = doubtful[start : start + _RENDERED_AT_ONCE]
+        exact = _sizes(_all_prompts(policy, [rows[at] for at in part], sharing))
+        for at, size in zip(part, exact, strict=True):
+            sizes[at] = size
+    return sizes
+
+
+def _most_tokens(policy: Policy, rows: Sequence[Row], sharing: SharingConfig) -> list[int]:
+    """Bounds from the length of the texts alone: no token of Qwen3's is less than a byte, and its normalisation (NFC)
+    makes at most three bytes of one."""
+    [empty] = _all_prompts(policy, [Row("", None, "")], sharing)
+    around = max(len(policy.tokenizer.decode(prompt).encode()) for prompt in empty)
+    times = policy.prompts.question_template.count("{question}")
+    texts = (row.question for row in rows)
+    return [around + times * (len(text) if text.isascii() else 3 * len(text.encode())) for text in texts]
 
 
 def _all_prompts(policy: Policy, rows: Sequence[Row], sharing: SharingConfig) -> list[tuple[list[int], ...]]:
@@ -220,13 +247,13 @@ def _all_prompts(policy: Policy, rows: Sequence[Row], sharing: SharingConfig) ->
     return [(*own, *shared) for own, shared in pairs]
 
 
-def _check(prompts: Sequence[Sequence[list[int]]], rows: Sequence[Row], limit: int) -> None:
-    sizes = _sizes(prompts)
+def _check(sizes: Sequence[int], rows: Sequence[Row], limit: int) -> None:
     if max(sizes, default=0) > limit:
         longest = max(range(len(rows)), key=sizes.__getitem__)
+        place = f"{rows[longest].place}: " if rows[longest].place else ""
         raise UserError(
             f"{sum(size > limit for size in sizes)} of {len(rows)} questions make prompts of more than {limit} "
-            f"tokens, the longest {sizes[longest]} ({rows[longest].question[:60]!r}); "
+            f"tokens, the longest {sizes[longest]} ({place}{rows[longest].question[:60]!r}); "
             "raise rollout.max_prompt_tokens (--max-prompt-tokens) or leave them out (rollout.long_prompts=skip)"
         )
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from policy_split_jax.data.formats import Row, check_text, rows_of
+from policy_split_jax.data.formats import Row, check_text, names_of, rows_of
 from policy_split_jax.errors import UserError
 
 _MATHS = "Reason step by step, and put the final answer within \\boxed{}."
@@ -135,8 +135,7 @@ def _column(place: str, record: Record, *names: str) -> Any:
     for name in names:
         if name in record:
             return record[name]
-    found = ", ".join(map(str, record)) or "none"
-    raise UserError(f"{place}: no column {' or '.join(map(repr, names))}; columns found: {found}")
+    raise UserError(f"{place}: no column {' or '.join(map(repr, names))}; columns found: {names_of(record)}")
 
 
 def _text(place: str, record: Record, *names: str) -> str:

@@ -12,6 +12,8 @@ from policy_split_jax.data.formats import Row, read_rows
 from policy_split_jax.errors import UserError
 
 _DEFAULT = PuzzleConfig()
+# No run sees the end of so many; what grain calls endless overflows where a batch is one row.
+_EPOCHS = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def make_iterator(
     indices = grain.MapDataset.source(range(len(rows))).seed(seed)
     if shuffle:
         indices = indices.shuffle()
-    batches = indices.repeat().batch(batch_size, batch_fn=list)
+    batches = indices.repeat(_EPOCHS).batch(batch_size, batch_fn=list)
     questions = batches.map(lambda batch: [Question(index, rows[index]) for index in batch])
     # The rows are in memory: threads and a read-ahead buffer would only cost.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)

@@ -3,15 +3,36 @@
 import codecs
 import csv
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from reprlib import repr as short
+from typing import Any, NoReturn
 
 from policy_split_jax.errors import UserError
 
+_LEVELS = 64
+"""How deep lists and objects may lie in each other: code that is called from deeper writes them again."""
 
-@dataclass(frozen=True)
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+# Python reads NaN and Infinity, which other readers do not, and keeps the last of two keys that are the same.
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_object)
+_ENCODER = json.JSONEncoder(allow_nan=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One question, without any system turn (the modes own that), and what its grader compares with.
 
@@ -23,6 +44,8 @@ class Row:
     ground_truth: Any
     data_source: str
     extra_info: dict[str, Any] = field(default_factory=dict)
+    place: str = field(default="", compare=False)
+    """The file, and the line or row there; for error messages."""
 
 
 def read_rows(path: str | Path, question_column: str = "question", answer_column: str = "answer") -> list[Row]:
@@ -40,7 +63,7 @@ def read_rows(path: str | Path, question_column: str = "question", answer_column
 
 def rows_of(path: Path, row: Callable[[str, dict[str, Any]], Row]) -> list[Row]:
     """What `row` makes of each record and of its place. Raises UserError where there is none."""
-    rows = [row(place, record) for place, record in read_records(path)]
+    rows = [replace(row(place, record), place=place) for place, record in read_records(path)]
     if not rows:
         raise UserError(f"{path}: holds no rows; give a file with at least one question")
     return rows
@@ -70,14 +93,32 @@ def _jsonl_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _json_object(place: str, line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = _DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{place}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
     except (ValueError, RecursionError) as error:  # ValueError also for integers of thousands of digits
         raise UserError(f"{place}: malformed JSON ({error}); write one JSON object per line") from None
     if not isinstance(record, dict):
         raise UserError(f"{place}: holds {_kind(record)}; write one JSON object per line")
+    if b"\\u" in line:
+        _check_characters(place, record)
     return record
+
+
+def _check_characters(place: str, record: dict[str, Any]) -> None:
+    """Raises UserError for half a surrogate pair, which an escape can spell and no file can hold."""
+    for column, value in record.items():
+        try:
+            json.dumps([column, value], ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            shown = column.encode(errors="backslashreplace").decode()
+            raise UserError(f"{place}: {shown} holds half a surrogate pair; repair the text") from None
+        except RecursionError:
+            raise _too_deep(place, column) from None
+
+
+def _too_deep(place: str, column: str) -> UserError:
+    return UserError(f"{place}: {column} is nested deeper than {_LEVELS} levels; flatten it")
 
 
 def _parquet_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -86,15 +127,18 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow.parquet
 
     number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+    with path.open("rb") as source:
+        try:
+            file = pyarrow.parquet.ParquetFile(source)
+            _check_names(path, file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=1024):
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", record
-    except pyarrow.lib.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a readable parquet file ({reason}); write it again") from None
+        # Damaged text and times too exact for Python are ValueErrors, other damage is an OSError.
+        except (pyarrow.lib.ArrowException, ValueError, OverflowError, OSError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"{path}: not a readable parquet file ({reason}); write it again") from None
 
 
 def _csv_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -102,7 +146,9 @@ def _csv_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     number = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            for record in csv.DictReader(file, strict=True):
+            reader = csv.DictReader(file, strict=True)
+            _check_names(path, reader.fieldnames or ())
+            for record in reader:
                 number += 1
                 place = f"{path}, row {number}"
                 if None in record or None in record.values():
@@ -112,6 +158,12 @@ def _csv_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{path}, row {number + 1}: malformed CSV ({error}); write it again") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8; save the file as UTF-8") from None
+
+
+def _check_names(path: Path, names: Sequence[str]) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"{path}: has the column {twice[0]!r} more than once; rename or remove one")
 
 
 def _row(place: str, stem: str, record: dict[str, Any], question_column: str, answer_column: str) -> Row:
@@ -129,21 +181,27 @@ def _row(place: str, stem: str, record: dict[str, Any], question_column: str, an
         question, ground_truth = (_column(place, record, column) for column in named)
         extra_info = {key: value for key, value in record.items() if key not in {*named, "data_source"}}
         check_text(place, question_column, question)
+    check_values(place, {answer_column: ground_truth, **extra_info})
     return Row(question, ground_truth, data_source, extra_info)
 
 
 def _column(place: str, record: dict[str, Any], column: str) -> Any:
     if column not in record:
-        found = ", ".join(map(str, record)) or "none"
+        found = names_of(record)
         raise UserError(f"{place}: no column {column!r}; columns found: {found}; set question_column and answer_column")
     return record[column]
+
+
+def names_of(record: dict[str, Any]) -> str:
+    """The columns of a record, for error messages."""
+    names = list(record)
+    return ", ".join([*names[:20], *(["…"] if len(names) > 20 else [])]) or "none"
 
 
 def question_of(place: str, record: dict[str, Any]) -> str:
     """The column `question` of a record that needs no answer; UserError where there is no text to ask."""
     if "question" not in record:
-        found = ", ".join(map(str, record)) or "none"
-        raise UserError(f"{place}: no column 'question'; columns found: {found}")
+        raise UserError(f"{place}: no column 'question'; columns found: {names_of(record)}")
     check_text(place, "question", record["question"])
     return record["question"]
 
@@ -160,6 +218,24 @@ def check_text(place: str, column: str, text: Any) -> None:
         raise UserError(f"{place}: {column} holds half a surrogate pair; repair the text") from None
 
 
+def check_values(place: str, record: dict[str, Any]) -> None:
+    """Raises UserError for a value that JSON has not, such as a date, bytes or NaN, and for one nested too deeply."""
+    for column, value in record.items():
+        if isinstance(value, str):
+            continue
+        if _deeper(value, _LEVELS):
+            raise _too_deep(place, column)
+        try:
+            _ENCODER.encode(value)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{place}: {column} is no JSON value ({error}); write it as text or remove it") from None
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return not levels or any(_deeper(each, levels - 1) for each in inner)
+
+
 def _chat_question(place: str, prompt: list[Any]) -> str:
     """The one user message of a chat prompt; nothing of a prompt is dropped silently."""
     if not all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in prompt):
@@ -171,7 +247,7 @@ def _chat_question(place: str, prompt: list[Any]) -> str:
             "remove it or move its text into the user message"
         )
     if roles != ["user"]:
-        raise UserError(f"{place}: prompt has the roles {roles}; give exactly one user message")
+        raise UserError(f"{place}: prompt has the roles {short(roles)}; give exactly one user message")
     question = prompt[0]["content"]
     check_text(place, "the user message of prompt", question)
     return question
@@ -187,4 +263,4 @@ def _verl_ground_truth(place: str, record: dict[str, Any]) -> Any:
 def _kind(value: Any) -> str:
     """What a value is, in the words of JSON."""
     names = {type(None): "null", bool: "a boolean", str: "text", list: "a list", dict: "an object"}
-    return names.get(type(value), f"{type(value).__name__} {value}")
+    return names.get(type(value), f"{type(value).__name__} {short(value)}")

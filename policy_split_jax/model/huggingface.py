@@ -6,7 +6,9 @@ safetensors only, and `auto_map` (remote code) is refused.
 
 import json
 import math
+import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -63,6 +65,11 @@ _SIZES = {
     "num_attention_heads": "num_heads",
     "num_key_value_heads": "num_kv_heads",
 }
+# A damaged size must not become memory, nor a damaged number of layers a list of their names.
+_LARGEST_SIZE = 1 << 24
+_LARGEST = {"num_hidden_layers": 1 << 12}
+# What no name of a file beside the index holds: parts of a path, and what cannot be printed or written.
+_PATH = re.compile(r"[/\\:\0-\x1f\ud800-\udfff]")
 _FLOAT_TYPES = ("F32", "BF16", "F16")
 # A whole embedding is over a gigabyte.
 _ROWS_COMPARED_AT_ONCE = 4096
@@ -108,7 +115,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); is this a Hugging Face model folder?") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: must hold one JSON object")
@@ -187,12 +194,15 @@ def _positive_int(path: Path, config: dict[str, Any], key: str) -> int:
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{path}: {key} must be a positive whole number, not {value!r}")
+    largest = _LARGEST.get(key, _LARGEST_SIZE)
+    if value > largest:
+        raise UserError(f"{path}: {key} is {value}, and no model has more than {largest}; download the file again")
     return value
 
 
 def _positive_float(path: Path, config: dict[str, Any], key: str) -> float:
     value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
         raise UserError(f"{path}: {key} must be a positive number, not {value!r}")
     return float(value)
 
@@ -291,7 +301,7 @@ def _weight_files(folder: Path) -> tuple[Path, dict[Path, set[str] | None]]:
         raise UserError(f"{listing}: weight_map must map tensor names to files")
     for name, file in weight_map.items():
         # A path in the index could name any file of the machine.
-        if not isinstance(file, str) or not file.endswith(".safetensors") or set(file) & set("/\\:\0"):
+        if not isinstance(file, str) or not file.endswith(".safetensors") or _PATH.search(file):
             raise UserError(f"{listing}: {name} points to {file!r}; it must be a safetensors file beside the index")
         names_of_file.setdefault(folder / file, set()).add(name)
     return listing, {**names_of_file}

@@ -303,6 +303,7 @@ def train(config: RunConfig, *, must_resume: bool = False) -> Path:
     )
     policy, mesh, params = _source(config, started_at)
     (train_rows, test_rows), skipped = _fitting(config, policy, _rows(config))
+    repeated = sum(len(rows) - len({row.question for row in rows}) for rows in (train_rows, test_rows))
     iterator = make_iterator(train_rows, batch_size=config.rollout.questions_per_step, seed=config.train.seed)
     optimizer = make_optimizer(config.optimizer)
     start = partial(init_state, optimizer=optimizer, seed=config.train.seed, eta=float(config.advantage.eta))
@@ -326,12 +327,13 @@ def train(config: RunConfig, *, must_resume: bool = False) -> Path:
                 RunDisplay(config.train.steps, position.step, quiet=not processes.is_first()) as display,
                 StopRequests() as stop,
             ):
-                if begun is not None:
-                    _tell_of_damage(display, folder, begun.damaged)
+                _tell_of_damage(display, folder, begun.damaged if begun else {})
                 _announce(display, config, policy, mesh, position.step, len(train_rows), len(test_rows))
                 if skipped:
                     limit = config.rollout.max_prompt_tokens
                     display.say(f"{skipped} questions left out: more than {limit} prompt tokens")
+                if repeated:
+                    display.say(f"{repeated} questions repeat an earlier one of their file; they are kept")
                 chosen = config.train
                 scorer = make_scorer(policy.config, dtype=config.model.dtype, chunk=chosen.score_chunk, mesh=mesh)
                 trainer = Trainer(
@@ -480,7 +482,8 @@ def _fitting(
     """The rows whose prompts are short enough, and how many are not; UserError for those unless they are skipped."""
     limit, sharing = config.rollout.max_prompt_tokens, config.sharing
     if config.rollout.long_prompts == "error":
-        check_prompts(policy, [*splits[0], *splits[1]], limit, sharing)
+        for rows in splits:
+            check_prompts(policy, rows, limit, sharing)
         return splits, 0
     train_rows, test_rows = (without_long_prompts(policy, rows, limit, sharing) for rows in splits)
     if not train_rows or not test_rows:

@@ -70,6 +70,10 @@ def test_a_batch_of_all_rows_is_an_epoch():
     assert Counter(batch) == Counter(range(10))
 
 
+def test_batches_of_one_row():
+    assert take(make_iterator(ROWS, batch_size=1, seed=0, shuffle=False), 12) == [[at % 10] for at in range(12)]
+
+
 def test_embedded_rows():
     rows = load_rows("embedded", PuzzleConfig(numbers=(3, 4)), split="test", count=20, seed=7)
     puzzles = countdown.puzzles("test", numbers=(3, 4), count=20, seed=7)

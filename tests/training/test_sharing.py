@@ -106,8 +106,11 @@ def test_a_response_that_grows_is_cut_at_the_most_new_tokens(policy):
 def test_a_prompt_that_only_shared_rollouts_have_must_fit_too(monkeypatch, policy):
     """Where the user turn is the longest of a question's prompts."""
     limit = max(len(ids) for pair in render_prompts(policy, ROWS, 1000) for ids in pair)
-    sizes = iter([limit, limit + 1] * 3)
-    monkeypatch.setattr(rollouts, "render_user_turn", lambda tokenizer, texts, _: [[1] * next(sizes) for _ in texts])
+
+    def render(tokenizer, texts, _):
+        return [[1] * (limit + (text == ROWS[1].question)) for text in texts]
+
+    monkeypatch.setattr(rollouts, "render_user_turn", render)
     check_prompts(policy, ROWS, limit, TEXT)
     with pytest.raises(UserError) as caught:
         check_prompts(policy, ROWS, limit, USER_TURN)

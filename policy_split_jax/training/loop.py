@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
@@ -301,66 +302,80 @@ def train(config: RunConfig, *, must_resume: bool = False) -> Path:
     processes.check_same(
         started_at, f"{folder}: the processes see different checkpoints; output must lie where all of them reach it"
     )
-    policy, mesh, params = _source(config, started_at)
-    (train_rows, test_rows), skipped = _fitting(config, policy, _rows(config))
-    repeated = sum(len(rows) - len({row.question for row in rows}) for rows in (train_rows, test_rows))
-    iterator = make_iterator(train_rows, batch_size=config.rollout.questions_per_step, seed=config.train.seed)
-    optimizer = make_optimizer(config.optimizer)
-    start = partial(init_state, optimizer=optimizer, seed=config.train.seed, eta=float(config.advantage.eta))
-    shardings = state_shardings(policy.config, optimizer, mesh)
+    run = _prepare(config, started_at)
     reward = config.reward
     with (
         GraderPool(reward.grader, reward.workers, reward.time_limit, reward.memory_limit_mb) as pool,
-        _own_folder(config, policy, started_at),
+        _own_folder(config, run.policy, started_at),
     ):
-        whose = identity(config, policy, train_rows)
+        whose = identity(config, run.policy, run.train_rows)
         with Checkpoints(folder / "checkpoints", config.train.keep_checkpoints, whose) as checkpoints:
-            if started_at:
-                begun = checkpoints.restore(jax.eval_shape(start, params), shardings)
-                state, position = begun.state, Position.from_json(begun.step, begun.extra)
-                restore_state(iterator, position.data or {})
-            else:
-                begun, position = None, Position()
-                state = jax.jit(start, out_shardings=shardings)(params)
+            state, position, damaged = _begin(run, checkpoints, started_at)
             with (
                 _log(config, position) as log,
                 RunDisplay(config.train.steps, position.step, quiet=not processes.is_first()) as display,
                 StopRequests() as stop,
             ):
-                _tell_of_damage(display, folder, begun.damaged if begun else {})
-                _announce(display, config, policy, mesh, position.step, len(train_rows), len(test_rows))
-                if skipped:
-                    limit = config.rollout.max_prompt_tokens
-                    display.say(f"{skipped} questions left out: more than {limit} prompt tokens")
-                if repeated:
-                    display.say(f"{repeated} questions repeat an earlier one of their file; they are kept")
-                chosen = config.train
-                scorer = make_scorer(policy.config, dtype=config.model.dtype, chunk=chosen.score_chunk, mesh=mesh)
-                trainer = Trainer(
-                    config=config,
-                    policy=policy,
-                    sampler=_sampler(config, policy, mesh),
-                    scorer=scorer,
-                    update=make_update(policy.config, update_config(config), optimizer, mesh),
-                    pool=pool,
-                    test_rows=test_rows,
-                    iterator=iterator,
-                    state=state,
-                    position=position,
-                    checkpoints=checkpoints,
-                    log=log,
-                    display=display,
+                _announce(display, run, position.step, damaged)
+                _trainer(
+                    run, pool=pool, state=state, position=position, checkpoints=checkpoints, log=log, display=display,
                     stop=stop,
-                )
-                trainer.run()
+                ).run()  # fmt: skip
         if processes.is_first():
             _finish(folder, display)
     return folder
 
 
-def _tell_of_damage(display: RunDisplay, folder: Path, damaged: Mapping[int, str]) -> None:
-    for step, reason in damaged.items():
-        display.say(f"warning: checkpoint {step} is damaged, now in {folder / 'checkpoints' / DAMAGED}: {reason}")
+@dataclass(frozen=True)
+class _Prepared:
+    """What a run is made of, checked before anything is written."""
+
+    config: RunConfig
+    policy: Policy
+    mesh: Mesh
+    params: qwen3.Params
+    """Of a run that goes on only the shapes."""
+    train_rows: list[Row]
+    test_rows: list[Row]
+    skipped: int
+    """Questions left out."""
+    iterator: Any
+    optimizer: optax.GradientTransformation
+
+
+def _prepare(config: RunConfig, started_at: int) -> _Prepared:
+    policy, mesh, params = _source(config, started_at)
+    (train_rows, test_rows), skipped = _fitting(config, policy, _rows(config))
+    iterator = make_iterator(train_rows, batch_size=config.rollout.questions_per_step, seed=config.train.seed)
+    optimizer = make_optimizer(config.optimizer)
+    return _Prepared(config, policy, mesh, params, train_rows, test_rows, skipped, iterator, optimizer)
+
+
+def _begin(run: _Prepared, checkpoints: Checkpoints, started_at: int) -> tuple[TrainState, Position, Mapping[int, str]]:
+    """Where the run goes on, or begins, and the checkpoints that were damaged; the iterator is put there."""
+    config = run.config
+    start = partial(init_state, optimizer=run.optimizer, seed=config.train.seed, eta=float(config.advantage.eta))
+    shardings = state_shardings(run.policy.config, run.optimizer, run.mesh)
+    if not started_at:
+        return jax.jit(start, out_shardings=shardings)(run.params), Position(), {}
+    found = checkpoints.restore(jax.eval_shape(start, run.params), shardings)
+    restore_state(run.iterator, found.extra["data"])
+    return found.state, Position.from_json(found.step, found.extra), found.damaged
+
+
+def _trainer(run: _Prepared, **parts: Any) -> Trainer:
+    """The trainer of a run; `parts` are those that its world gives it."""
+    config, policy, mesh = run.config, run.policy, run.mesh
+    return Trainer(
+        config=config,
+        policy=policy,
+        sampler=_sampler(config, policy, mesh),
+        scorer=make_scorer(policy.config, dtype=config.model.dtype, chunk=config.train.score_chunk, mesh=mesh),
+        update=make_update(policy.config, update_config(config), run.optimizer, mesh),
+        test_rows=run.test_rows,
+        iterator=run.iterator,
+        **parts,
+    )
 
 
 @contextmanager
@@ -491,24 +506,16 @@ def _fitting(
     return (train_rows, test_rows), sum(map(len, splits)) - len(train_rows) - len(test_rows)
 
 
-def _announce(
-    display: RunDisplay,
-    config: RunConfig,
-    policy: Policy,
-    mesh: Mesh,
-    started_at: int,
-    train_size: int,
-    test_size: int,
-) -> None:
-    size = sum(leaf.size for leaf in jax.tree.leaves(qwen3.abstract_params(policy.config)))
-    devices = f"{mesh.size} {jax.default_backend()} device{'s' if mesh.size > 1 else ''}"
-    if jax.process_count() > 1:
-        devices += f" of {jax.process_count()} processes"
-    if mesh.size > 1:
-        devices += f" ({', '.join(f'{name} {size}' for name, size in mesh.shape.items())})"
+def _announce(display: RunDisplay, run: _Prepared, started_at: int, damaged: Mapping[int, str]) -> None:
+    """What begins, or goes on, and what the user should know of it."""
+    config, mesh = run.config, run.mesh
+    for step, reason in damaged.items():
+        where = config.folder / "checkpoints" / DAMAGED
+        display.say(f"warning: checkpoint {step} is damaged, now in {where}: {reason}")
+    size = sum(leaf.size for leaf in jax.tree.leaves(qwen3.abstract_params(run.policy.config)))
     display.say(
         f"policy-split {policy_split_jax.__version__}: {config.folder}, Qwen3 of {size / 1e6:.2f} M parameters on "
-        f"{devices}, {train_size} training and {test_size} test questions"
+        f"{_devices(mesh)}, {len(run.train_rows)} training and {len(run.test_rows)} test questions"
     )
     rollout = config.rollout
     display.say(
@@ -518,6 +525,20 @@ def _announce(
         + (f"; resuming after step {started_at}" if started_at else "")
     )
     display.say("pairs of figures are normal, high-entropy")
+    if run.skipped:
+        display.say(f"{run.skipped} questions left out: more than {rollout.max_prompt_tokens} prompt tokens")
+    repeated = sum(len(rows) - len({row.question for row in rows}) for rows in (run.train_rows, run.test_rows))
+    if repeated:
+        display.say(f"{repeated} questions repeat an earlier one of their file; they are kept")
+
+
+def _devices(mesh: Mesh) -> str:
+    text = f"{mesh.size} {jax.default_backend()} device{'s' if mesh.size > 1 else ''}"
+    if jax.process_count() > 1:
+        text += f" of {jax.process_count()} processes"
+    if mesh.size > 1:
+        text += f" ({', '.join(f'{name} {size}' for name, size in mesh.shape.items())})"
+    return text
 
 
 def _finish(folder: Path, display: RunDisplay) -> None:

@@ -367,7 +367,7 @@ def test_the_server_makes_no_turn_of_a_message(mode, text, policy):
 
 
 @unhurried
-@example(text="\u0958" * 40, template="{question}")
+@example(text="\u0958" * 200, template="{question}")
 @example(text="\U0001d160" * 10, template="{question} {question}")
 @given(text=whole_text | st.text(max_size=200), template=st.sampled_from(["{question}", "Q: {question}\n{question}"]))
 def test_the_bound_of_a_prompts_tokens_holds(policy, text, template):

@@ -214,7 +214,7 @@ def test_questions_with_long_prompts_are_an_error_or_left_out_and_counted(tmp_pa
         config.data, train=write("train.jsonl", [short, long, short]), test=write("test.jsonl", [short, long])
     )
     config = replace(config, data=data, reward=RewardConfig(grader="exact"))
-    with pytest.raises(UserError, match=r"2 of 5 questions make prompts of more than 48 tokens.*long_prompts=skip"):
+    with pytest.raises(UserError, match=r"1 of 3 questions make prompts of more than 48 tokens.*long_prompts=skip"):
         train(config)
     assert not config.folder.exists()
 

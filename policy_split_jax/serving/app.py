@@ -49,7 +49,7 @@ _Result = TypeVar("_Result")
 _CLIENT_GONE = 499
 # A body has room for the longest prompt in any spelling, and must have come in so soon.
 _BODY_BYTES, _BODY_BYTES_PER_TOKEN = 1 << 16, 64
-_BODY_SECONDS = 20.0
+_BODY_SECONDS = 60.0
 # When a client should ask again that was told that the server is busy.
 _RETRY_SECONDS = 5
 

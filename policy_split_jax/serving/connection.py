@@ -6,7 +6,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-REQUEST_SECONDS = 30.0
+REQUEST_SECONDS = 75.0
 """A request must have come in whole so long after its connection or its first byte."""
 STALL_SECONDS = 30.0
 """A client that takes nothing of its answer for so long is cut off."""

@@ -11,7 +11,9 @@ import time
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from types import MappingProxyType
 
 import httpx
@@ -26,8 +28,20 @@ SEEDS = 8
 BODY_BOUND = (1 << 16) + 64 * MAX_PROMPT
 PROGRAM = "import sys; from policy_split_jax.cli import main; sys.exit(main())"
 NAMES = ("tiny", "tiny:high-entropy")
-# A wave may leave so much behind: allocators keep what they once had. What leaks at each request shows in 1,000.
-KEPT_MIB = 64
+# On a signal the server tells of its live objects: those of requests, and all.
+TELLING = f"""
+import collections, gc, signal, sys
+def tell(*_):
+    gc.collect()
+    kinds = collections.Counter(type(found).__name__ for found in gc.get_objects())
+    requests = sum(kinds[kind] for kind in ("_Client", "Job", "_Request", "_Running", "_Waiting", "_Work"))
+    print("LIVE", requests, sum(kinds.values()), file=sys.stderr, flush=True)
+signal.signal(signal.SIGUSR1, tell)
+{PROGRAM}"""
+# What leaks at each request grows in every wave. Now and then a wave adds some 1,300 objects and 20 MiB for once, as a
+# program for new shapes would. So it is the wave of least growth that is bounded for objects, and the one in the
+# middle for memory, which also moves by itself.
+WARM, WAVES, MOST_OBJECTS, MOST_MIB = 3, 7, 100, 4
 
 
 def head(length, host="localhost", method="POST", path="/v1/chat/completions", more=""):
@@ -95,6 +109,20 @@ class Served:
 
     def free(self):
         return self.metric("policy_split_running") == self.metric("policy_split_waiting") == 0
+
+    def live_objects(self):
+        """How many there are; none of them belongs to a request, as soon as closed connections are forgotten."""
+        told = []
+
+        def ask():
+            before = self.log.read_text().count("LIVE ")
+            self.process.send_signal(signal.SIGUSR1)
+            assert eventually(lambda: self.log.read_text().count("LIVE ") > before)
+            told[:] = re.findall(r"LIVE (\d+) (\d+)\n", self.log.read_text())[-1]
+            return told[0] == "0"
+
+        assert eventually(ask), f"{told[0]} objects of requests are left"
+        return int(told[1])
 
     def mebibytes(self):
         status = Path(f"/proc/{self.process.pid}/status").read_text()
@@ -253,16 +281,23 @@ def test_nonsense_is_refused_and_logged(server, request_bytes, status):
 
 @pytest.mark.slow
 def test_1000_clients_at_once_leave_slots_free_and_no_memory_behind(tmp_path, figure):
-    """The memory of the first wave is the server's own: programs are compiled and buffers are made."""
-    with served(tmp_path, "--slots", "32") as server:
+    with served(tmp_path, "--slots", "32", program=TELLING) as server:
         expected = references(server)
-        check_wave(server, expected, 1000)
-        first = server.mebibytes()
-        for _ in range(3):
+        for _ in range(WARM):
+            check_wave(server, expected, 1000)
+        sizes = [(server.live_objects(), server.mebibytes())]
+        for _ in range(WAVES):
             figure(check_wave(server, expected, 1000))
-        last = server.mebibytes()
-        figure(f"memory {first:.0f} MiB after the first 1000 clients, {last:.0f} MiB after 3000 more")
-        assert last - first < KEPT_MIB
+            sizes.append((server.live_objects(), server.mebibytes()))
+        objects, memory = (
+            [after - before for before, after in pairwise(column)] for column in zip(*sizes, strict=True)
+        )
+        figure(
+            f"memory {sizes[0][1]:.0f} MiB after {WARM},000 clients, {sizes[-1][1]:.0f} MiB after {WAVES},000 more; "
+            f"growth of a wave: {min(objects)} to {max(objects)} objects, {min(memory):.1f} to {max(memory):.1f} MiB"
+        )
+        assert min(objects) < MOST_OBJECTS
+        assert median(memory) < MOST_MIB
 
 
 @pytest.mark.slow
@@ -299,7 +334,7 @@ def test_clients_that_trickle_keep_nobody_out_and_are_cut_off(server, figure):
             start = time.perf_counter()
             # Until the server hangs up; it answers 408 first where the head is whole.
             with suppress(ConnectionError):
-                while time.perf_counter() - start < 60:
+                while time.perf_counter() - start < 120:
                     try:
                         if not await asyncio.wait_for(reader.read(1000), 2):
                             break
@@ -317,7 +352,7 @@ def test_clients_that_trickle_keep_nobody_out_and_are_cut_off(server, figure):
 
     got, seconds = asyncio.run(trickle())
     assert got.status == 200
-    assert max(seconds) < 45
+    assert max(seconds) < 100
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
     assert "Traceback" not in server.log.read_text()
     figure(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import policy_split_jax
+from policy_split_jax.access import TOKEN
 from policy_split_jax.errors import UserError
 
 _RUN_HELP = "PATH, or LABEL=PATH,PATH,... for runs that differ in their seed alone"
@@ -301,10 +302,14 @@ def _serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     )
     _model_options(parser)
     parser.add_argument("--name", help="of the model (default: its folder's name)")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all who reach it (default 127.0.0.1)")
+    parser.add_argument("--host", default="127.0.0.1", help=f"0.0.0.0 for all who know {TOKEN} (default 127.0.0.1)")
     parser.add_argument("--port", type=_port, default=8000, help="0 takes a free one (default 8000)")
     parser.add_argument("--max-new-tokens", type=_positive, default=2048, help="longest answer (default 2048)")
     parser.add_argument("--decode-steps", type=_positive, default=4, help="tokens between two messages (default 4)")
+    parser.add_argument("--max-waiting", type=_count, default=2048, help="answers without a slot (default 2048)")
+    parser.add_argument(
+        "--max-seconds", type=_above_zero, default=600.0, help="for an answer, its wait included (default 600)"
+    )
     _engine_options(parser)
 
 
@@ -329,9 +334,7 @@ def _report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument("runs", nargs="+", metavar="RUN", help=_RUN_HELP)
     parser.add_argument("--output", metavar="FILE", help="page to write (default: report.html in the first run)")
     parser.add_argument("--watch", action="store_true", help="serve the page, and renew it as the runs go on")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="of --watch; others than this machine may read with 0.0.0.0"
-    )
+    parser.add_argument("--host", default="127.0.0.1", help=f"of --watch; 0.0.0.0 for all who know {TOKEN}")
     parser.add_argument("--port", type=_port, default=8765, help="of --watch (default 8765; 0 takes a free one)")
 
 

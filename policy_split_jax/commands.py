@@ -221,22 +221,28 @@ def serve(options: argparse.Namespace) -> None:
         from policy_split_jax.serving.app import serve as run
     except ModuleNotFoundError as error:
         raise UserError(f"serving needs {error.name}; install 'policy-split-jax[serve]'") from None
+    from policy_split_jax.access import required_token
     from policy_split_jax.sampler.batcher import Batcher, EngineConfig
     from policy_split_jax.serving.service import EngineService
 
     limits = {"max_prompt_tokens": options.max_prompt_tokens, "max_new_tokens": options.max_new_tokens}
     with socket.socket() as bound:
         _bind(bound, options.host, options.port)
+        host, port = bound.getsockname()[:2]
+        token = required_token(host)
         policy, params = load_chosen(options)
         engine = EngineConfig(policy.config, policy.stop_ids, options.slots, options.decode_steps, options.dtype)
-        service = EngineService(Batcher(engine, params, **limits))
+        service = EngineService(
+            Batcher(engine, params, **limits),
+            max_rollouts=options.slots + options.max_waiting,
+            max_seconds=options.max_seconds,
+        )
         # The engine has weights of its own.
         del params
         service.start()
         name = options.name or Path(options.checkpoint or options.model or EMBEDDED).resolve().name
-        host, port = bound.getsockname()[:2]
         print(f"{name} and {name}:high-entropy at http://{host}:{port}/v1; Ctrl-C ends", flush=True)
-        run(Server(policy, service, name, **limits), bound)
+        run(Server(policy, service, name, **limits), bound, token)
 
 
 def _bind(bound: socket.socket, host: str, port: int) -> None:
@@ -249,6 +255,7 @@ def _bind(bound: socket.socket, host: str, port: int) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """`policy-split report RUN [RUN …]`, RUN a path or LABEL=PATH,PATH,…"""
+    from policy_split_jax.access import required_token
     from policy_split_jax.report.groups import parse_named
     from policy_split_jax.report.page import write_report
     from policy_split_jax.report.watch import Watcher, watch
@@ -261,10 +268,11 @@ def report(options: argparse.Namespace) -> None:
         raise UserError("--output and --watch exclude each other: what is watched is served and not written")
     with socket.socket() as bound:
         _bind(bound, options.host, options.port)
-        bound.listen()
         host, port = bound.getsockname()[:2]
+        token = required_token(host)
+        bound.listen()
         print(f"report at http://{host}:{port}/; Ctrl-C ends", flush=True)
-        watch(Watcher(runs), bound)
+        watch(Watcher(runs), bound, token)
 
 
 def plan(options: argparse.Namespace) -> int:

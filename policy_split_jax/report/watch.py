@@ -1,16 +1,20 @@
-"""Serves the report of runs that go on, made anew when their files have changed. For one reader, on this machine."""
+"""Serves the report of runs that go on, made anew when their files have changed. For few readers."""
 
+import base64
 import hashlib
 import html
-import ipaddress
 import socket
+import sys
 import threading
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from policy_split_jax.access import same_token
 from policy_split_jax.errors import UserError
 from policy_split_jax.report.frame import frame
 from policy_split_jax.report.groups import Named, read_groups
@@ -24,6 +28,8 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
 }
+_ASK = {"WWW-Authenticate": 'Basic realm="policy-split", charset="UTF-8"'}
+_CONNECTIONS = 64
 
 
 class Served(NamedTuple):
@@ -72,43 +78,78 @@ def waiting_page(words: str) -> str:
     return frame("waiting", watch_line(True), main, charts=[], scripts=["watch.js"])
 
 
-def watch(watcher: Watcher, bound: socket.socket) -> None:
-    """Serves on a socket that listens, until it is interrupted."""
+def watch(watcher: Watcher, bound: socket.socket, token: str | None = None) -> None:
+    """Serves on a socket that listens, until it is interrupted.
+
+    With a `token` to all who give it as the password of basic authentication, with any name; without one to those who
+    call the server by a name of this machine's own. A page elsewhere could otherwise read this one by letting its own
+    name point here (DNS rebinding).
+    """
     host, port = bound.getsockname()[:2]
-    local = ipaddress.ip_address(host).is_loopback
-    allowed = {f"{name}:{port}" for name in ("localhost", "127.0.0.1", host)} if local else None
-    with _Server(bound.getsockname(), _handler(watcher, allowed), bind_and_activate=False) as server:
+    names = {f"{name}:{port}" for name in ("localhost", "127.0.0.1", host)}
+    with _Server(bound.getsockname(), _handler(watcher, token, names), bind_and_activate=False) as server:
         server.socket.close()
         server.socket = bound
         server.serve_forever()
 
 
 class _Server(ThreadingHTTPServer):
+    """Keeps so many connections and no more: for a new one the oldest is closed, as slow as its client may be."""
+
     daemon_threads = True
 
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self._connections: deque[socket.socket] = deque()
 
-def _handler(watcher: Watcher, allowed: set[str] | None) -> type[BaseHTTPRequestHandler]:
-    """Answers GET / and nothing else; to other names than those `allowed` (None: all) not even that.
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._connections = deque(connection for connection in self._connections if connection.fileno() >= 0)
+        if len(self._connections) >= _CONNECTIONS:
+            _hang_up(self._connections.popleft())
+        self._connections.append(request)
+        super().process_request(request, client_address)
 
-    A page elsewhere could otherwise read this one by letting its own name point here (DNS rebinding).
-    """
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has gone is no error."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
+def _hang_up(connection: socket.socket) -> None:
+    """Its thread reads the end and closes it."""
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _handler(watcher: Watcher, token: str | None, names: Collection[str]) -> type[BaseHTTPRequestHandler]:
+    """Answers GET / and nothing else, to whoever may ask."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         server_version, sys_version = "policy-split", ""
-        # A connection on which nobody asks for anything more is closed.
+        # A connection on which nobody asks for anything more, or reads, is closed.
         timeout = 30
 
         def parse_request(self) -> bool:
             if not super().parse_request():
                 return False
-            if allowed is not None and self.headers.get("Host", "") not in allowed:
+            if token is not None and not _knows(self.headers.get("Authorization", ""), token):
+                self._ask_for_token()
+                return False
+            if token is None and self.headers.get("Host", "").lower() not in names:
                 self.send_error(HTTPStatus.FORBIDDEN, "Unknown host name")
                 return False
             if (self.command, self.path) != ("GET", "/"):
                 self.send_error(HTTPStatus.NOT_FOUND)
                 return False
             return True
+
+        def _ask_for_token(self) -> None:
+            self.log_error("code 401, no token")
+            self.send_response(HTTPStatus.UNAUTHORIZED)
+            for name, value in {**_ASK, "Content-Length": "0", "Connection": "close"}.items():
+                self.send_header(name, value)
+            self.end_headers()
 
         def do_GET(self) -> None:
             body, tag = watcher.page()
@@ -122,10 +163,20 @@ def _handler(watcher: Watcher, allowed: set[str] | None) -> type[BaseHTTPRequest
             if not known:
                 self.wfile.write(body)
 
-        def log_message(self, format: str, *args: object) -> None:
-            """Asked every two seconds, it has nothing to tell."""
+        def log_request(self, code: object = "-", size: object = "-") -> None:
+            """Asked every two seconds, it has nothing to tell; what is refused is told by `log_error`."""
 
     return Handler
+
+
+def _knows(authorization: str, token: str) -> bool:
+    """Whether basic authentication gives the token as its password."""
+    scheme, _, coded = authorization.partition(" ")
+    try:
+        given = base64.b64decode(coded, validate=True).decode()
+    except ValueError:
+        return False
+    return scheme.lower() == "basic" and same_token(given.partition(":")[2], token)
 
 
 def _size_and_time(path: Path) -> tuple[int, int] | None:

@@ -36,6 +36,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
+from policy_split_jax.access import is_loopback
 from policy_split_jax.model import qwen3
 from policy_split_jax.modes import MODE_NAMES, NORMAL, render
 from policy_split_jax.padding import bucket, lengths, pad_right
@@ -386,11 +387,15 @@ def start_driver(adapter: JetStreamEngine) -> Driver:
 def serve(adapter: JetStreamEngine, *, host: str = "127.0.0.1", port: int = 9000) -> server_lib.JetStreamServer:
     """Starts JetStream's gRPC server; `wait_for_termination()` of the result waits for it, `stop()` ends it.
 
-    It is not encrypted and asks nobody who they are. `host` is an IPv4 address or a name. Raises OSError where
-    the port is taken.
+    It is not encrypted and asks nobody who they are, and JetStream has no setting for either. So `host` is a loopback
+    address or name; raises ValueError for others, and OSError where the port is taken.
     """
     # gRPC would share a port with another server, and JetStream would leave its threads behind where it fails.
-    socket.create_server((host, port)).close()
+    with socket.create_server((host, port)) as bound:
+        if not is_loopback(bound.getsockname()[0]):
+            raise ValueError(
+                f"{host} is open to others: serve on 127.0.0.1 and put a proxy with encryption and passwords before it"
+            )
     # JetStream has no setting for this and listens on every interface.
     server_lib._HOST = host
     credentials = grpc.insecure_server_credentials()

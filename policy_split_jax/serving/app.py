@@ -19,30 +19,39 @@ import numpy as np
 import uvicorn
 from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from policy_split_jax.modes import MODE_NAMES, render_chat, system_turn
 from policy_split_jax.policy import Policy
 from policy_split_jax.sampler.batcher import Prompt, Sampling
 from policy_split_jax.sampler.rollout import rollout_keys
 from policy_split_jax.serving.answers import Answer, Choice, Update, Usage
+from policy_split_jax.serving.connection import Connection
+from policy_split_jax.serving.errors import ApiError, answer_error, error_object, log_error
+from policy_split_jax.serving.guard import Guard
 from policy_split_jax.serving.metrics import ServerMetrics
 from policy_split_jax.serving.requests import (
     HIGH_ENTROPY_SUFFIX,
-    ApiError,
     ChatRequest,
     CompletionRequest,
     mode_of,
 )
-from policy_split_jax.serving.service import EngineService, EngineStopped, Job
+from policy_split_jax.serving.service import EngineBusy, EngineService, EngineStopped, Job
 from policy_split_jax.text_stream import TextStream
 
 _Body = TypeVar("_Body", bound=BaseModel)
 _Result = TypeVar("_Result")
 # What servers answer, by custom, to a client that has hung up.
 _CLIENT_GONE = 499
+# A body has room for the longest prompt in any spelling, and must have come in so soon.
+_BODY_BYTES, _BODY_BYTES_PER_TOKEN = 1 << 16, 64
+_BODY_SECONDS = 60.0
+# When a client should ask again that was told that the server is busy.
+_RETRY_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,20 @@ class _Work:
     choices: int
     stops: list[str]
     include_usage: bool
+
+
+class _Stream(StreamingResponse):
+    """A stream that gives its slots back however it ends, also where its client has gone before it begins."""
+
+    def __init__(self, events: AsyncIterator[str], job: Job):
+        super().__init__(events, media_type="text/event-stream")
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._job.close()
 
 
 class Server:
@@ -88,7 +111,7 @@ class Server:
                 Route("/health", self._health),
                 Route("/metrics", self._expose),
             ],
-            exception_handlers={ApiError: _api_error, EngineStopped: _engine_stopped},  # type: ignore[dict-item]
+            exception_handlers=_HANDLERS,
             lifespan=lifespan,
         )
 
@@ -105,13 +128,16 @@ class Server:
         return Response(self._metrics.text(), media_type=self._metrics.media_type)
 
     async def _chat(self, request: Request) -> Response:
-        body = await _read(request, ChatRequest)
+        body = await self._read(request, ChatRequest)
         mode = mode_of(body.model, self._name)
+        # Rendering many turns takes long, and each has a token at least.
+        if len(body.messages) > self._max_prompt_tokens:
+            raise self._too_long(f"the conversation has {len(body.messages)} turns")
         prompt = render_chat(self._policy.tokenizer, body.turns, mode, self._policy.prompts)
         return await self._answer(request, self._open("chat", body, mode, prompt), body.stream)
 
     async def _completions(self, request: Request) -> Response:
-        body = await _read(request, CompletionRequest)
+        body = await self._read(request, CompletionRequest)
         mode = mode_of(body.model, self._name)
         tokenizer = self._policy.tokenizer
         given = body.prompt
@@ -128,10 +154,7 @@ class Server:
     def _open(self, kind: Any, body: ChatRequest | CompletionRequest, mode: int, prompt: list[int]) -> _Work:
         """Hands the request to the engine."""
         if not 1 <= len(prompt) <= self._max_prompt_tokens:
-            raise ApiError(
-                f"the prompt has {len(prompt)} tokens; this server takes 1 to {self._max_prompt_tokens}",
-                code="context_length_exceeded",
-            )
+            raise self._too_long(f"the prompt has {len(prompt)} tokens")
         limit = body.limit or self._max_new_tokens
         if limit > self._max_new_tokens:
             raise ApiError(
@@ -153,8 +176,11 @@ class Server:
 
     async def _answer(self, request: Request, work: _Work, stream: bool) -> Response:
         if stream:
-            return StreamingResponse(self._events(work), media_type="text/event-stream")
-        choices = await _while_connected(request, self._gathered(work))
+            return _Stream(self._events(request.scope, work), work.job)
+        try:
+            choices = await _while_connected(request, self._gathered(work))
+        finally:
+            work.job.close()
         if choices is None:
             return Response(status_code=_CLIENT_GONE)
         made = sum(len(choice.tokens) for choice in choices)
@@ -166,7 +192,7 @@ class Server:
             choices[update.index].gain(update)
         return choices
 
-    async def _events(self, work: _Work) -> AsyncIterator[str]:
+    async def _events(self, scope: Scope, work: _Work) -> AsyncIterator[str]:
         """Server-sent events."""
         made = 0
         for index in range(work.choices):
@@ -176,8 +202,10 @@ class Server:
             async for update in self._updates(work):
                 made += len(update.tokens)
                 yield _event(work.answer.piece(update))
-        except EngineStopped as error:
-            yield _event(_error_object(str(error), kind="server_error"))
+        except (EngineStopped, ApiError) as error:
+            told = error if isinstance(error, ApiError) else _stopped(error)
+            log_error(scope, told)
+            yield _event(error_object(told))
             return
         if work.include_usage:
             yield _event(work.answer.usage_piece(Usage(work.prompt_tokens, made)))
@@ -197,17 +225,38 @@ class Server:
                     tokens = policy.tokenizer.batch_decode([[token] for token in piece.tokens])
                     reason = "stop" if added.stopped else piece.finish_reason
                     yield Update(piece.index, added.text, tokens, piece.logprobs, reason)
+            except TimeoutError:
+                raise ApiError("the answer took too long; ask for less, or when the server is less busy", 503) from None
             finally:
                 work.job.close()
 
+    def _too_long(self, what: str) -> ApiError:
+        return ApiError(
+            f"{what}; this server takes 1 to {self._max_prompt_tokens} tokens", code="context_length_exceeded"
+        )
 
-async def _read(request: Request, kind: type[_Body]) -> _Body:
-    try:
-        return kind.model_validate_json(await request.body())
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ApiError(f"{place}: {first['msg']}" if place else first["msg"], param=place or None) from None
+    async def _read(self, request: Request, kind: type[_Body]) -> _Body:
+        limit = _BODY_BYTES + _BODY_BYTES_PER_TOKEN * self._max_prompt_tokens
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                body = await _body(request, limit)
+        except TimeoutError:
+            raise ApiError(f"the body did not come in {_BODY_SECONDS:.0f} seconds", 408) from None
+        try:
+            return kind.model_validate_json(body)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise ApiError(f"{place}: {first['msg']}" if place else first["msg"], param=place or None) from None
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > limit:
+            raise ApiError(f"the body is longer than the {limit} bytes that this server reads", 413)
+    return bytes(body)
 
 
 async def _while_connected(request: Request, work: Awaitable[_Result]) -> _Result | None:
@@ -232,19 +281,50 @@ def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-def _error_object(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+def _stopped(error: EngineStopped) -> ApiError:
+    return ApiError(str(error), 503)
 
 
 async def _api_error(request: Request, error: ApiError) -> Response:
-    return JSONResponse(_error_object(str(error), "invalid_request_error", error.param, error.code), error.status)
+    return answer_error(request.scope, error)
 
 
 async def _engine_stopped(request: Request, error: EngineStopped) -> Response:
-    return JSONResponse(_error_object(str(error), "server_error"), 503)
+    return answer_error(request.scope, _stopped(error))
 
 
-def serve(server: Server, bound: socket.socket) -> None:
+async def _engine_busy(request: Request, error: EngineBusy) -> Response:
+    retry = {"Retry-After": str(_RETRY_SECONDS)}
+    return answer_error(request.scope, ApiError(str(error), 429, code="rate_limit_exceeded", headers=retry))
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    """An unknown path or method."""
+    return answer_error(request.scope, ApiError(error.detail, error.status_code, headers=error.headers))
+
+
+async def _client_gone(request: Request, error: ClientDisconnect) -> Response:
+    return Response(status_code=_CLIENT_GONE)
+
+
+_HANDLERS: dict[Any, Any] = {
+    ApiError: _api_error,
+    EngineStopped: _engine_stopped,
+    EngineBusy: _engine_busy,
+    HTTPException: _http_error,
+    ClientDisconnect: _client_gone,
+}
+
+
+def serve(server: Server, bound: socket.socket, token: str | None) -> None:
     """Serves on a bound socket until it is interrupted; requests that run then have 30 seconds to end."""
-    config = uvicorn.Config(server.app(), log_level="warning", timeout_graceful_shutdown=30)
-    uvicorn.Server(config).run([bound])
+    http_server(server, bound, token).run([bound])
+
+
+def http_server(server: Server, bound: socket.socket, token: str | None) -> uvicorn.Server:
+    """What serves on this socket: without a `token` to clients of this machine alone, see `Guard`."""
+    app = Guard(server.app(), token, {"localhost", "127.0.0.1", bound.getsockname()[0]})
+    config = uvicorn.Config(
+        app, http=Connection, ws="none", proxy_headers=False, log_level="warning", timeout_graceful_shutdown=30
+    )
+    return uvicorn.Server(config)

@@ -2,21 +2,22 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from policy_split_jax.config import MAX_SEED
 from policy_split_jax.modes import HIGH_ENTROPY, NORMAL
+from policy_split_jax.serving.errors import ApiError
 
 HIGH_ENTROPY_SUFFIX = ":high-entropy"
+_SMALLEST_TEMPERATURE = 1e-6
 _Stop = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)]
 
 
-class ApiError(Exception):
-    """A request that cannot be answered; becomes the API's error object."""
-
-    def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None):
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+def _representable(temperature: float) -> float:
+    """Logits divided by less are no float32 any more, and their log-probabilities no numbers."""
+    if 0 < temperature < _SMALLEST_TEMPERATURE:
+        raise ValueError(f"is neither 0 (greedy) nor at least {_SMALLEST_TEMPERATURE:g}")
+    return temperature
 
 
 class StreamOptions(BaseModel):
@@ -30,9 +31,9 @@ class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid")
     model: str
     n: int = Field(1, ge=1, le=128)
-    temperature: float = Field(1.0, ge=0, le=10)
+    temperature: Annotated[float, Field(ge=0, le=10), AfterValidator(_representable)] = 1.0
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(0, ge=0, lt=2**31)
     """Not of the OpenAI API, but of most servers; 0 is off."""
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     stop: _Stop = []

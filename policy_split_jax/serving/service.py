@@ -1,6 +1,7 @@
 """The engine on a thread of its own, for many requests at once."""
 
 import asyncio
+import logging
 import queue
 import threading
 from collections.abc import AsyncIterator
@@ -9,6 +10,8 @@ from itertools import count
 from typing import NamedTuple
 
 from policy_split_jax.sampler.batcher import Batcher, FinishReason, Place, Prompt, Rollout, Sampling
+
+_log = logging.getLogger(__name__)
 
 
 class Piece(NamedTuple):
@@ -23,6 +26,10 @@ class Piece(NamedTuple):
 
 class EngineStopped(RuntimeError):
     """The engine has ended, by an error or because the server shuts down."""
+
+
+class EngineBusy(RuntimeError):
+    """As many rollouts are asked for as the service takes."""
 
 
 @dataclass
@@ -54,8 +61,12 @@ class _Cancel(NamedTuple):
 class EngineService:
     """Runs a Batcher on a thread; requests of all clients share its slots."""
 
-    def __init__(self, batcher: Batcher):
+    def __init__(self, batcher: Batcher, *, max_rollouts: int = 2048, max_seconds: float = 600.0):
+        """Takes at most `max_rollouts` at once, in slots or waiting, and each request for at most `max_seconds`."""
         self._batcher = batcher
+        self._max_rollouts = max_rollouts
+        self._max_seconds = max_seconds
+        self._open = 0
         self._inbox: queue.Queue[_Add | _Cancel | None] = queue.Queue()
         self._clients: dict[int, _Client] = {}
         self._names = count()
@@ -87,13 +98,26 @@ class EngineService:
         return self._batcher.waiting
 
     def open(self, prompt: Prompt, sampling: Sampling) -> "Job":
-        """Hands a request to the engine; to be called on the event loop. Raises EngineStopped."""
+        """Hands a request to the engine; to be called on the event loop, and the job to be closed whatever happens.
+
+        Raises EngineStopped and EngineBusy.
+        """
         if not self.alive:
             raise EngineStopped("the engine has stopped")
+        rollouts = len(prompt.keys)
+        if self._open + rollouts > self._max_rollouts:
+            raise EngineBusy(f"this server takes {self._max_rollouts} answers at once, and has {self._open}")
+        self._open += rollouts
         name = next(self._names)
-        client = _Client(asyncio.get_running_loop(), asyncio.Queue(), len(prompt.keys))
+        loop = asyncio.get_running_loop()
+        client = _Client(loop, asyncio.Queue(), rollouts)
         self._inbox.put(_Add(name, prompt, sampling, client))
-        return Job(self, name, client, len(prompt.keys))
+        return Job(self, name, client, rollouts, loop.time() + self._max_seconds)
+
+    def closed(self, name: int, rollouts: int) -> None:
+        """Gives up what is left of a request, which had so many rollouts, and makes room for others."""
+        self._open -= rollouts
+        self.cancel(name)
 
     def cancel(self, name: int, index: int | None = None) -> None:
         """Gives up a request, or one of its rollouts; nothing happens where it has ended."""
@@ -104,6 +128,7 @@ class EngineService:
             while self._take():
                 self._tell(self._batcher.step())
         except BaseException as error:
+            _log.critical("the engine has stopped; start the server again", exc_info=error)
             self.error = error
         self._stopped = True
         for client in self._clients.values():
@@ -149,16 +174,21 @@ class EngineService:
 class Job:
     """A request in the engine's hands; closing it gives its slots to others."""
 
-    def __init__(self, service: EngineService, name: int, client: _Client, rollouts: int):
+    def __init__(self, service: EngineService, name: int, client: _Client, rollouts: int, deadline: float):
+        """`deadline` is in the time of the event loop."""
         self._service = service
         self._name = name
         self._client = client
+        self._rollouts = rollouts
+        self._deadline = deadline
         self._open = set(range(rollouts))
+        self._closed = False
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """What the rollouts gain, until all have ended or were dropped. Raises EngineStopped."""
+        """What the rollouts gain, until all have ended or were dropped. Raises EngineStopped and TimeoutError."""
         while self._open:
-            piece = await self._client.pieces.get()
+            async with asyncio.timeout_at(self._deadline):
+                piece = await self._client.pieces.get()
             if piece is None:
                 raise EngineStopped("the engine has stopped") from self._service.error
             if piece.index in self._open:
@@ -173,6 +203,8 @@ class Job:
             self._service.cancel(self._name, index)
 
     def close(self) -> None:
-        """Ends whatever still runs."""
+        """Ends whatever still runs; once is enough."""
         self._open.clear()
-        self._service.cancel(self._name)
+        if not self._closed:
+            self._closed = True
+            self._service.closed(self._name, self._rollouts)

@@ -1,13 +1,16 @@
 """The page that is served and renews itself: what the server answers, and to whom."""
 
+import base64
 import http.client
 import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
 import pytest
 
@@ -15,6 +18,7 @@ from policy_split_jax.cli import main
 from policy_split_jax.report.groups import parse_named
 from policy_split_jax.report.watch import Watcher, watch
 
+TOKEN = "0123456789abcdef-secret"
 GOOD = {"kind": "train", "step": 1, "reward/normal": 0.5}
 
 
@@ -33,12 +37,12 @@ def watcher(*runs):
 def serve():
     """Serves a folder on a free port of a host, and returns the port; as a daemon it ends with the tests."""
 
-    def start(folder, host="127.0.0.1"):
+    def start(folder, host="127.0.0.1", token=None):
         bound = socket.socket()
         bound.bind((host, 0))
         bound.listen()
         port = bound.getsockname()[1]
-        threading.Thread(target=watch, args=(watcher(folder), bound), daemon=True).start()
+        threading.Thread(target=watch, args=(watcher(folder), bound, token), daemon=True).start()
         return port
 
     return start
@@ -115,9 +119,58 @@ def test_a_page_elsewhere_cannot_name_itself_this_server(tmp_path, serve, host, 
     assert ask(port, Host=host.format(port=port))[0].status == status
 
 
-def test_an_open_server_answers_to_any_name(tmp_path, serve):
-    port = serve(append(tmp_path / "run", GOOD), host="0.0.0.0")
-    assert ask(port, Host="workstation:1234")[0].status == 200
+def basic(password, name="any"):
+    return f"Basic {base64.b64encode(f'{name}:{password}'.encode()).decode()}"
+
+
+@pytest.mark.parametrize(
+    ("authorization", "status"),
+    [(basic(TOKEN), 200), (basic(TOKEN, ""), 200), (basic(TOKEN + "x"), 401), (basic(""), 401), ("Basic !", 401),
+     (f"Basic {base64.b64encode(TOKEN.encode()).decode()}", 401), ("Basic /////w==", 401), (f"Bearer {TOKEN}", 401),
+     ("", 401)],
+)  # fmt: skip
+def test_an_open_server_wants_its_token_and_answers_to_any_name(tmp_path, serve, authorization, status, capfd):
+    port = serve(append(tmp_path / "run", GOOD), "0.0.0.0", TOKEN)
+    answer, body = ask(port, Host="workstation:1234", Authorization=authorization)
+    assert answer.status == status
+    assert ("training step 1" in body) == (status == 200)
+    if status == 401:
+        assert answer.getheader("WWW-Authenticate").startswith("Basic realm=")
+        assert "code 401" in capfd.readouterr().err
+
+
+def test_what_is_refused_is_logged_and_what_is_served_is_not(tmp_path, serve, capfd):
+    port = serve(append(tmp_path / "run", GOOD))
+    ask(port)
+    assert capfd.readouterr().err == ""
+    ask(port, "GET", "/secret")
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall(b"\x00\x01\x1b[31m\r\n\r\n")
+        assert b"Error code: 400" in client.recv(1000)
+    errors = capfd.readouterr().err
+    assert "code 404" in errors
+    assert "code 400" in errors
+    assert "\x1b" not in errors
+
+
+def test_clients_that_trickle_or_vanish_keep_nobody_out(tmp_path, serve, capfd):
+    """Many more than there may be connections; the oldest are closed."""
+    port = serve(append(tmp_path / "run", GOOD))
+    slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]
+    for client in slow:
+        client.sendall(b"GET / HTTP/1.1\r\nX-Slow: ")
+    assert ask(port)[0].status == 200
+    slow[0].settimeout(10)
+    assert slow[0].recv(1) == b""
+    for client in slow[-60:]:
+        with suppress(OSError):
+            client.sendall(f"\r\nHost: localhost:{port}\r\n\r\n".encode())
+    for client in slow:
+        # With a reset in place of a farewell.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+    assert ask(port)[0].status == 200
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_output_and_watch_exclude_each_other(tmp_path, capsys):

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 import httpx
@@ -13,19 +14,20 @@ import jax
 import numpy as np
 import openai
 import pytest
-import uvicorn
 
 from policy_split_jax.modes import HIGH_ENTROPY, NORMAL, render, system_turn
 from policy_split_jax.policy import load_model
 from policy_split_jax.sampler.batcher import Batcher, EngineConfig, Prompt, Sampling
 from policy_split_jax.sampler.rollout import Sampler, rollout_keys
-from policy_split_jax.serving.app import Server
+from policy_split_jax.serving import app, connection
+from policy_split_jax.serving.app import Server, http_server
 from policy_split_jax.serving.service import EngineService
 
 QUESTION = "Make 35 from 3, 5, 4."
 LIMITS = {"max_prompt_tokens": 64, "max_new_tokens": 400}
 # The server's token ids equal the sampler's; log-probabilities differ by float32 rounding of the batch.
 CLOSE = 1e-5
+TOKEN = "0123456789abcdef-secret"
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +38,14 @@ def model():
 class Running:
     """A server on a free port of this machine."""
 
-    def __init__(self, model, slots=8):
+    def __init__(self, model, slots=8, token=None, **bounds):
         policy, params = model
         self.batcher = Batcher(EngineConfig(policy.config, policy.stop_ids, slots, 2), params, **LIMITS)
-        self.service = EngineService(self.batcher)
+        self.service = EngineService(self.batcher, **bounds)
         self.service.start()
         self.socket = socket.socket()
         self.socket.bind(("127.0.0.1", 0))
-        app = Server(policy, self.service, "tiny", **LIMITS).app()
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
+        self.server = http_server(Server(policy, self.service, "tiny", **LIMITS), self.socket, token)
         self.thread = threading.Thread(target=self.server.run, args=([self.socket],))
         self.thread.start()
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
@@ -198,6 +199,8 @@ def test_64_requests_at_once_in_both_modes(client, model):
      ({"question": "Make " * 60}, openai.BadRequestError, "tokens; this server takes 1 to 64"),
      ({"temperature": -1}, openai.BadRequestError, "temperature: "),
      ({"n": 0}, openai.BadRequestError, "n: "),
+     ({"temperature": 1e-40}, openai.BadRequestError, "temperature: "),
+     ({"extra_body": {"top_k": 2**31}}, openai.BadRequestError, "top_k: "),
      ({"seed": -1}, openai.BadRequestError, "seed: "),
      ({"stop": [""]}, openai.BadRequestError, "stop.0: "),
      ({"frequency_penalty": 0.5}, openai.BadRequestError, "frequency_penalty: "),
@@ -283,7 +286,7 @@ def test_a_client_that_vanishes_frees_its_slots(model, stream):
         running.stop()
 
 
-def test_an_error_of_the_engine_reaches_everyone_and_health_says_so(model, monkeypatch):
+def test_an_error_of_the_engine_reaches_everyone_and_health_and_log_say_so(model, monkeypatch, caplog):
     running = Running(model)
     try:
         monkeypatch.setattr(running.batcher, "step", lambda: 1 / 0)
@@ -293,6 +296,7 @@ def test_an_error_of_the_engine_reaches_everyone_and_health_says_so(model, monke
         assert httpx.get(f"{running.url}/health").status_code == 503
         assert httpx.post(f"{running.url}/v1/chat/completions", json=BODY).status_code == 503
         assert isinstance(running.service.error, ZeroDivisionError)
+        assert "the engine has stopped; start the server again" in caplog.messages
     finally:
         running.stop()
 
@@ -306,3 +310,167 @@ def test_shutting_down_lets_running_requests_end(model):
         assert answer.result().status_code == 200
     assert not running.service.alive
     assert not running.thread.is_alive()
+
+
+# Bounds
+
+
+def test_more_answers_than_the_bound_are_refused_until_there_is_room(model):
+    running = Running(model, max_rollouts=3)
+    try:
+        assert httpx.post(f"{running.url}/v1/chat/completions", json=BODY | {"n": 3}).status_code == 200
+        answer = httpx.post(f"{running.url}/v1/chat/completions", json=BODY)
+        assert (answer.status_code, answer.headers["Retry-After"]) == (429, "5")
+        assert answer.json()["error"]["message"] == "this server takes 3 answers at once, and has 0"
+        assert httpx.post(f"{running.url}/v1/chat/completions", json=BODY | {"n": 3}).status_code == 200
+    finally:
+        running.stop()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_that_takes_too_long_is_given_up(model, stream):
+    policy, params = model
+    running = Running((replace(policy, stop_ids=(-1,)), params), max_seconds=0.001)
+    try:
+        answer = httpx.post(f"{running.url}/v1/chat/completions", json=BODY | {"stream": stream}, timeout=60)
+        assert answer.status_code == (200 if stream else 503)
+        assert "the answer took too long" in answer.text
+        assert "[DONE]" not in answer.text
+        assert eventually(lambda: running.service.running == running.service.waiting == 0)
+    finally:
+        running.stop()
+
+
+def test_a_body_is_read_up_to_its_bound(running):
+    limit = (1 << 16) + 64 * LIMITS["max_prompt_tokens"]
+    url = f"{running.url}/v1/chat/completions"
+    filled = json.dumps(BODY | {"max_tokens": 1}).ljust(limit)
+    assert httpx.post(url, content=filled).status_code == 200
+    for content in (filled + " ", iter([filled.encode(), b" "])):
+        answer = httpx.post(url, content=content)
+        assert answer.status_code == 413
+        assert answer.json()["error"]["message"] == f"the body is longer than the {limit} bytes that this server reads"
+
+
+def test_a_conversation_of_more_turns_than_tokens_is_refused(client):
+    turns = [{"role": "user", "content": ""}] * 65
+    with pytest.raises(openai.BadRequestError, match="the conversation has 65 turns; this server takes 1 to 64 tokens"):
+        client.chat.completions.create(model="tiny", messages=turns)
+
+
+@pytest.mark.parametrize("seconds", ["whole", "body"])
+def test_a_request_that_does_not_end_is_given_up(running, monkeypatch, seconds):
+    """A head that trickles is cut off however little is missing of it, and a body too."""
+    begun = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\nX-Slow: "
+    if seconds == "body":
+        monkeypatch.setattr(app, "_BODY_SECONDS", 0.3)
+        begun += b"\r\n\r\n"
+    else:
+        monkeypatch.setattr(connection, "REQUEST_SECONDS", 0.3)
+    with socket.create_connection(running.socket.getsockname()) as slow:
+        slow.settimeout(0.05)
+        slow.sendall(begun)
+        answer, sent = b"", 0
+        while not answer and sent < 100:
+            with suppress(TimeoutError):
+                answer = slow.recv(1000)
+            if not answer and sent < 8:
+                slow.sendall(b"a")
+            sent += 1
+    assert answer.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
+    assert sent < 60
+
+
+def test_a_body_that_is_not_wanted_and_does_not_end_is_cut_off(running, monkeypatch):
+    monkeypatch.setattr(connection, "REQUEST_SECONDS", 0.3)
+    with socket.create_connection(running.socket.getsockname()) as endless:
+        endless.settimeout(20)
+        endless.sendall(b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000\r\n\r\n")
+        assert b"404 Not Found" in endless.recv(1000)
+
+        def cut_off():
+            try:
+                endless.sendall(b"a")
+            except (ConnectionResetError, BrokenPipeError):
+                return True
+
+        assert eventually(cut_off)
+
+
+def test_a_client_that_reads_nothing_is_cut_off(model, monkeypatch):
+    monkeypatch.setattr(connection, "STALL_SECONDS", 0.3)
+    policy, params = model
+    running = Running((replace(policy, stop_ids=(-1,)), params))
+    # So small that an answer does not fit into what the two systems keep.
+    running.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)
+    body = json.dumps(BODY | {"stream": True, "n": 16, "logprobs": True})
+    try:
+        with socket.socket() as silent:
+            silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 12)
+            silent.connect(running.socket.getsockname())
+            silent.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
+                           f"\r\n\r\n{body}".encode())  # fmt: skip
+            assert eventually(lambda: metric(running, 'policy_split_requests_total{end="cut"') == 1)
+        assert eventually(lambda: running.service.running == running.service.waiting == 0)
+    finally:
+        running.stop()
+
+
+# Who may ask
+
+
+@pytest.fixture(scope="module")
+def guarded(model):
+    running = Running(model, token=TOKEN)
+    yield running
+    running.stop()
+
+
+@pytest.mark.parametrize(
+    ("authorization", "status"),
+    [(f"Bearer {TOKEN}", 200), (f"bearer  {TOKEN}", 200), (TOKEN, 401), (f"Basic {TOKEN}", 401), ("Bearer", 401),
+     (f"Bearer {TOKEN}x", 401), (f"Bearer {TOKEN[:-1]}", 401), (b"Bearer \xff\xfe", 401), ("", 401)],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics"])
+def test_a_token_is_asked_for(guarded, path, authorization, status):
+    answer = httpx.get(guarded.url + path, headers={"Authorization": authorization, "Host": "any.example"})
+    assert answer.status_code == status
+    if status == 401:
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+
+
+def test_an_openai_client_gives_the_token_as_its_key(guarded):
+    with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key=TOKEN, max_retries=0) as client:
+        assert chat(client).choices[0].message.content
+    with (
+        openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="other", max_retries=0) as stranger,
+        pytest.raises(openai.AuthenticationError, match="wants its token as the API key"),
+    ):
+        chat(stranger)
+
+
+def test_health_needs_no_token(guarded):
+    assert httpx.get(f"{guarded.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [({"Host": "localhost"}, 200), ({"Host": "LOCALHOST:9"}, 200), ({"Host": "127.0.0.1:9"}, 200),
+     ({"Host": "evil.example"}, 403), ({"Host": "localhost.evil.example:8000"}, 403), ({"Host": ""}, 403),
+     ({"Origin": "http://localhost:3000"}, 200), ({"Origin": "https://evil.example"}, 403), ({"Origin": "null"}, 403),
+     ({"Origin": "http://[::1"}, 403)],
+)  # fmt: skip
+def test_without_a_token_pages_elsewhere_may_not_ask(running, headers, status):
+    assert httpx.get(f"{running.url}/v1/models", headers=headers).status_code == status
+
+
+def test_what_is_refused_is_logged_on_one_line(running, caplog):
+    httpx.post(f"{running.url}/v1/chat/completions", content=b"{\n")
+    httpx.get(f"{running.url}/a%0Ab")
+    httpx.post(f"{running.url}/v1/chat/completions", json=BODY | {"x\ny" * 1000: 1})
+    begin, path, long = caplog.messages[-3:]
+    assert begin.startswith("POST '/v1/chat/completions' from 127.0.0.1: 400 'Invalid JSON: ")
+    assert path == r"GET '/a\nb' from 127.0.0.1: 404 'Not Found'"
+    assert "\n" not in long
+    assert len(long) < 1200

@@ -445,6 +445,7 @@ def test_a_reward_that_ends_or_hangs_its_process_costs_its_own_rollout(
     figure(f"{len(DEAD)} faults among {len(names)} answers, {seconds:.1f} s, workers {megabytes:.0f} MB at most")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["children", "sessions"])
 def test_two_hundred_children_end_with_the_pool(name: str, reward: Path, monkeypatch: pytest.MonkeyPatch):
     with nobody_left(reward, monkeypatch):

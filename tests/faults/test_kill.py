@@ -105,6 +105,7 @@ def test_the_same_seed_is_the_same_run(runs, undisturbed, figure):
     figure("two runs of the same seed: 40 steps and 5 evaluations equal bit for bit")
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_saves_goes_on(runs, tmp_path):
     """The quick form: one kill, in the middle of a checkpoint, and all figures as if there had been none."""
     steps = ("train.steps=4", "train.save_every=2")

@@ -52,6 +52,7 @@ def test_a_mode_that_runs_away_is_found(runs, tmp_path, action):
     assert max(etas) == 20.0
 
 
+@pytest.mark.slow
 def test_the_guards_memory_is_part_of_a_checkpoint(runs, tmp_path):
     process = runs.start(tmp_path, "train.steps=900", "train.save_every=900")
     while "  3/900" not in (tmp_path / "out").read_text():

@@ -132,6 +132,7 @@ def test_every_screen_shows_the_whole_page(run, browser, screenshots, screen, pa
     assert browser.run(undrawn) == 0
 
 
+@pytest.mark.slow
 def test_tokens_are_shaded_by_their_figures(run, browser):
     browser.look(**DESK)
     browser.open(report(run))
@@ -164,6 +165,7 @@ def contrast(one, other):
     return (light + 0.05) / (deep + 0.05)
 
 
+@pytest.mark.slow
 def test_text_on_the_deepest_shade_can_be_read(run, browser):
     """The contrast that WCAG asks of body text, 4.5, of both measures on light and dark."""
     browser.look(**DESK)
@@ -181,6 +183,7 @@ def test_text_on_the_deepest_shade_can_be_read(run, browser):
             assert contrast(text, behind) >= 4.5
 
 
+@pytest.mark.slow
 def test_questions_are_turned_by_buttons_and_arrow_keys(run, browser):
     browser.look(**DESK)
     browser.open(report(run))
@@ -200,6 +203,7 @@ def test_questions_are_turned_by_buttons_and_arrow_keys(run, browser):
     assert shown(browser) == "question 1"
 
 
+@pytest.mark.slow
 def test_questions_can_be_filtered(run, browser):
     browser.open(report(run))
     expected = {"disagree": ("1", 2), "normal": ("1", 1), "high_entropy": ("2", 1), "all": ("0", 3)}
@@ -209,6 +213,7 @@ def test_questions_can_be_filtered(run, browser):
         assert browser.run("document.getElementById('rollout-place').textContent") == f"question 1 of {count}"
 
 
+@pytest.mark.slow
 def test_steps_can_be_chosen_and_the_last_evaluation_is_first(run, browser):
     browser.open(report(run))
     step = "document.getElementById('rollout-step').value"
@@ -218,6 +223,7 @@ def test_steps_can_be_chosen_and_the_last_evaluation_is_first(run, browser):
     assert shown(browser) == "question 0"
 
 
+@pytest.mark.slow
 def test_older_samples_are_shown_without_shading(tmp_path, browser):
     rows = [{key: value for key, value in row.items() if key != "tokens"} for row in samples(20)]
     folder = write(write(tmp_path / "run", "metrics.jsonl", metrics(20)), "samples.jsonl", rows)
@@ -228,6 +234,7 @@ def test_older_samples_are_shown_without_shading(tmp_path, browser):
     assert browser.run("document.getElementById('rollout-legend').textContent").startswith("No figures by token")
 
 
+@pytest.mark.slow
 def test_a_run_can_be_taken_out_of_the_charts(run, browser):
     other = write(run.parent / "other", "metrics.jsonl", metrics(10))
     browser.look(**DESK)
@@ -242,6 +249,7 @@ def test_a_run_can_be_taken_out_of_the_charts(run, browser):
     browser.wait_for(f"{lines} === {before}")
 
 
+@pytest.mark.slow
 def test_a_watched_page_renews_itself_where_it_stands(tmp_path, browser):
     folder = tmp_path / "run"
     with socket.socket() as bound:

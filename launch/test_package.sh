@@ -39,7 +39,7 @@ for package in "$place"/dist/*.whl "$place"/dist/*.tar.gz; do
   rm -rf "$place/venv" "$place/empty"
   mkdir "$place/empty"
   "$python" -m venv "$place/venv"
-  "$place/venv/bin/python" -m pip install --quiet --disable-pip-version-check "$package[serve]"
+  "$place/venv/bin/python" -m pip install --quiet --disable-pip-version-check "${package}[serve]"
   (
     cd "$place/empty"
     PATH="$place/venv/bin:$PATH"

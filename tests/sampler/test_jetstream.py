@@ -369,3 +369,23 @@ def test_arguments_without_a_meaning_here_are_refused(model, prompts, last_state
         computed(engine, prompts[0], num_samples=2, existing_prefix=object(), rng=jax.random.key(0))
     with pytest.raises(NotImplementedError, match="sampler"):
         engine.generate(engine.load_params(), engine.init_decode_state(), sampler=len)
+
+
+def test_it_is_not_opened_to_others(model):
+    with pytest.raises(ValueError, match=r"^0\.0\.0\.0 is open to others: serve on "):
+        adapter.serve(make(model), host="0.0.0.0", port=free_port())
+
+
+def test_bad_requests_and_clients_that_vanish_keep_no_slot(model, prompts):
+    """More of each than there are slots; the answer afterwards is the one before."""
+    good = of_tokens(prompts[NORMAL])
+    bad = [of_tokens([]), of_tokens([-5]), of_tokens([10**6]), of_tokens([1] * (LIMIT + 1)), of_text("x" * 5000),
+           of_tokens(prompts[0], max_tokens=2**31 - 1)]  # fmt: skip
+    with serving(make(model)) as ask, grpc.insecure_channel(f"127.0.0.1:{ask.port}") as channel:
+        before = ask([good])
+        ask(bad)
+        for _ in range(3 * SLOTS):
+            call = services.OrchestratorStub(channel).Decode(good, timeout=60)
+            next(iter(call))
+            call.cancel()
+        assert ask([good] * (2 * SLOTS)) == before * (2 * SLOTS)

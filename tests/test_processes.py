@@ -189,5 +189,5 @@ def test_processes_without_one_folder_are_refused(monkeypatch):
 
 def test_nothing_of_the_other_process_is_left(two):
     assert sorted(path.name for path in Path(two / "run").iterdir()) == [
-        "checkpoints", "config.yaml", "metrics.jsonl", "model", "report.html", "samples.jsonl", "summary.json",
+        ".lock", "checkpoints", "config.yaml", "metrics.jsonl", "model", "report.html", "samples.jsonl", "summary.json",
     ]  # fmt: skip

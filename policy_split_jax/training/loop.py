@@ -517,19 +517,23 @@ def _announce(display: RunDisplay, run: _Prepared, started_at: int, damaged: Map
         f"policy-split {policy_split_jax.__version__}: {config.folder}, Qwen3 of {size / 1e6:.2f} M parameters on "
         f"{_devices(mesh)}, {len(run.train_rows)} training and {len(run.test_rows)} test questions"
     )
-    rollout = config.rollout
-    display.say(
-        f"{rollout.questions_per_step} questions a step, {config.rollouts // len(config.modes)} rollouts of each "
+    display.say(_rollouts_line(config, started_at))
+    display.say("pairs of figures are normal, high-entropy")
+    if run.skipped:
+        display.say(f"{run.skipped} questions left out: more than {config.rollout.max_prompt_tokens} prompt tokens")
+    repeated = sum(len(rows) - len({row.question for row in rows}) for rows in (run.train_rows, run.test_rows))
+    if repeated:
+        display.say(f"{repeated} questions repeat an earlier one of their file; they are kept")
+
+
+def _rollouts_line(config: RunConfig, started_at: int) -> str:
+    questions, each = config.rollout.questions_per_step, config.rollouts // len(config.modes)
+    return (
+        f"{questions} questions a step, {each} rollouts of each "
         + ("in each mode" if len(config.modes) > 1 else f"in the normal mode ({config.objective})")
         + (f"; preset {config.preset}" if config.preset != "paper" else "")
         + (f"; resuming after step {started_at}" if started_at else "")
     )
-    display.say("pairs of figures are normal, high-entropy")
-    if run.skipped:
-        display.say(f"{run.skipped} questions left out: more than {rollout.max_prompt_tokens} prompt tokens")
-    repeated = sum(len(rows) - len({row.question for row in rows}) for rows in (run.train_rows, run.test_rows))
-    if repeated:
-        display.say(f"{repeated} questions repeat an earlier one of their file; they are kept")
 
 
 def _devices(mesh: Mesh) -> str:

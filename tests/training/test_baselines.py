@@ -287,7 +287,7 @@ def test_the_high_entropy_prompt_is_no_part_of_it(bag, sgd_step, model, batch):
 def test_metrics_are_those_of_one_mode(bag, sgd_step, model, batch, objective):
     _, metrics = sgd_step(model, bag, batch, settings(objective))
     own = {f"{name}/normal" for name in ("entropy", "neg_logprob", "advantage_abs", "clip_fraction")}
-    assert set(metrics) == own | {"loss", "grad_norm", "sampler/kl", "sampler/max_difference"}
+    assert set(metrics) == own | {"loss", "grad_norm", "skipped", "sampler/kl", "sampler/max_difference"}
     assert metrics["entropy/normal"] > 0.5
 
 

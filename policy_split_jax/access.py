@@ -40,6 +40,11 @@ def same_token(given: str, token: str) -> bool:
     return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), token.encode())
 
 
+def own_names(address: str) -> set[str]:
+    """The names under which a server on this IP address is asked from its own machine."""
+    return {"localhost", "127.0.0.1", address}
+
+
 def host_name(host: str) -> str:
     """The name in a Host header, without its port."""
     name, colon, port = host.lower().rpartition(":")

@@ -111,14 +111,14 @@ def share(count: int) -> slice:
 
 def gather(value: Any) -> list[Any]:
     """Every process's value, which JSON can hold, in the order of the processes; the same in all of them."""
-    if jax.process_count() == 1:
+    if not several():
         return [value]
     return [json.loads(data) for data in _gather_bytes(json.dumps(value).encode())]
 
 
 def fetch(arrays: Any) -> Any:
     """A tree of arrays as NumPy arrays, whole in every process, whichever devices they lie on."""
-    if jax.process_count() == 1:
+    if not several():
         return jax.device_get(arrays)
     return multihost_utils.process_allgather(arrays, tiled=True)
 
@@ -138,6 +138,6 @@ def _gather_bytes(data: bytes) -> list[bytes]:
 
 def _everybodys(values: np.ndarray) -> np.ndarray:
     """One row from each process."""
-    if jax.process_count() == 1:
+    if not several():
         return values[None]
     return np.asarray(multihost_utils.process_allgather(values))

@@ -34,8 +34,7 @@ def left_out(values: Float[np.ndarray, "Q"]) -> int:
 
 def average_at_k_per_question(correct: Grades) -> Float[np.ndarray, "Q"]:
     """Share of right samples among the graded ones; a question with none graded is left out."""
-    graded, right = _counts(correct)
-    return np.where(graded > 0, right / np.maximum(graded, 1), np.nan)
+    return _mean_of_graded(_as_float(correct))
 
 
 def average_at_k(correct: Grades) -> float:
@@ -97,8 +96,7 @@ def majority_at_k(canonical: Sequence[Sequence[Hashable | None]], correct: Grade
 
 def mean_reward(rewards: Float[np.ndarray, "Q n"]) -> float:
     """Mean reward of the graded samples, which may be any number, each question weighing the same."""
-    graded = (~np.isnan(rewards)).sum(axis=1)
-    return mean_over_questions(np.where(graded > 0, np.nansum(rewards, axis=1) / np.maximum(graded, 1), np.nan))
+    return mean_over_questions(_mean_of_graded(rewards))
 
 
 def best_of_k_per_question(rewards: Float[np.ndarray, "Q n"]) -> Float[np.ndarray, "Q"]:
@@ -176,6 +174,11 @@ def _as_float(correct: Grades) -> Float[np.ndarray, "Q n"]:
     if not np.all(np.isnan(values) | (values == 0) | (values == 1)):
         raise ValueError("`correct` may hold 0, 1 and NaN only; compare rewards with a threshold first")
     return values
+
+
+def _mean_of_graded(values: Float[np.ndarray, "Q n"]) -> Float[np.ndarray, "Q"]:
+    graded = (~np.isnan(values)).sum(axis=1)
+    return np.where(graded > 0, np.nansum(values, axis=1) / np.maximum(graded, 1), np.nan)
 
 
 def _counts(correct: Grades) -> tuple[Int[np.ndarray, "Q"], Int[np.ndarray, "Q"]]:

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from policy_split_jax.access import same_token
+from policy_split_jax.access import own_names, same_token
 from policy_split_jax.errors import UserError
 from policy_split_jax.report.frame import frame
 from policy_split_jax.report.groups import Named, read_groups
@@ -86,7 +86,7 @@ def watch(watcher: Watcher, bound: socket.socket, token: str | None = None) -> N
     name point here (DNS rebinding).
     """
     host, port = bound.getsockname()[:2]
-    names = {f"{name}:{port}" for name in ("localhost", "127.0.0.1", host)}
+    names = {f"{name}:{port}" for name in own_names(host)}
     with _Server(bound.getsockname(), _handler(watcher, token, names), bind_and_activate=False) as server:
         server.socket.close()
         server.socket = bound

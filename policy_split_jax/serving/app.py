@@ -25,6 +25,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from policy_split_jax.access import own_names
 from policy_split_jax.modes import MODE_NAMES, render_chat, system_turn
 from policy_split_jax.policy import Policy
 from policy_split_jax.sampler.batcher import Prompt, Sampling
@@ -323,7 +324,7 @@ def serve(server: Server, bound: socket.socket, token: str | None) -> None:
 
 def http_server(server: Server, bound: socket.socket, token: str | None) -> uvicorn.Server:
     """What serves on this socket: without a `token` to clients of this machine alone, see `Guard`."""
-    app = Guard(server.app(), token, {"localhost", "127.0.0.1", bound.getsockname()[0]})
+    app = Guard(server.app(), token, own_names(bound.getsockname()[0]))
     config = uvicorn.Config(
         app, http=Connection, ws="none", proxy_headers=False, log_level="warning", timeout_graceful_shutdown=30
     )

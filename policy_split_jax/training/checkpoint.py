@@ -98,9 +98,9 @@ class Checkpoints:
         raise UserError(f"{self._folder}: no checkpoint there can be read ({reasons}); put a copy there, or remove it")
 
     def _read(self, step: int, wanted: Any) -> tuple[TrainState, Json]:
-        extra = _read_extra(self._manager, step)
-        _check_origin(self._folder / str(step), extra, self._run)
-        _check_shapes(self._folder / str(step), extra, wanted)
+        path, extra = self._folder / str(step), _read_extra(self._manager, step)
+        _check_origin(path, extra, self._run)
+        _check_arrays(path, extra, wanted)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
         found = _restored(self._manager, step, args)["state"]
         _check_fingerprints(found, extra)
@@ -179,7 +179,8 @@ def _check_origin(path: Path, extra: Json, run: Mapping[str, str]) -> None:
             raise UserError(f"{path}: was saved with other {what}; put this run's own checkpoints there")
 
 
-def _check_shapes(path: Path, extra: Json, wanted: Any) -> None:
+def _check_arrays(path: Path, extra: Json, wanted: Any) -> None:
+    """Raises UserError where it has other arrays than are wanted."""
     leaves = {jax.tree_util.keystr(at) for at, _ in jax.tree_util.tree_leaves_with_path(wanted)}
     if other := leaves ^ extra["fingerprints"].keys():
         raise UserError(f"{path}: does not fit this model or version: {sorted(other)[0]}")

@@ -538,7 +538,7 @@ def _rollouts_line(config: RunConfig, started_at: int) -> str:
 
 def _devices(mesh: Mesh) -> str:
     text = f"{mesh.size} {jax.default_backend()} device{'s' if mesh.size > 1 else ''}"
-    if jax.process_count() > 1:
+    if processes.several():
         text += f" of {jax.process_count()} processes"
     if mesh.size > 1:
         text += f" ({', '.join(f'{name} {size}' for name, size in mesh.shape.items())})"

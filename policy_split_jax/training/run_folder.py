@@ -85,7 +85,8 @@ def make_folder(config: RunConfig, policy: Policy, started_at: int) -> None:
 
 def identity(config: RunConfig, policy: Policy, rows: Sequence[Row]) -> dict[str, str]:
     """Digests of what a run's checkpoints mean nothing without; `rows` are the questions that it trains on."""
-    fixed = {key: _get(settings.to_dict(config), key) for key in _fixed_keys()}
+    tree = settings.to_dict(config)
+    fixed = {key: _get(tree, key) for key in _fixed_keys()}
     questions = hashlib.sha256()
     for row in rows:
         content = [row.question, row.ground_truth, row.data_source, row.extra_info]

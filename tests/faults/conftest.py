@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,6 @@ class Runs:
         self.folder = folder
         self._config = folder / "config.yaml"
         self._config.write_text(yaml.safe_dump(SETTINGS))
-        # A suite in the background of a shell ignores interrupts, and so would what it starts: see `interrupts`.
         self._environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -51,6 +51,15 @@ class Runs:
     def finish(self, output: Path, *overrides: str) -> int:
         """The exit code of a run that is let alone."""
         return self.start(output, *overrides).wait(600)
+
+    @staticmethod
+    def wait_for(output: Path, text: str, process: "subprocess.Popen[str]", seconds: float = 300.0) -> None:
+        """Returns as soon as the run has printed the text."""
+        end = time.monotonic() + seconds
+        while text not in (output / "out").read_text():
+            assert process.poll() is None, (output / "err").read_text()
+            assert time.monotonic() < end
+            time.sleep(0.001)
 
     @staticmethod
     def rows(output: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

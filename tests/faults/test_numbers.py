@@ -55,8 +55,7 @@ def test_a_mode_that_runs_away_is_found(runs, tmp_path, action):
 @pytest.mark.slow
 def test_the_guards_memory_is_part_of_a_checkpoint(runs, tmp_path):
     process = runs.start(tmp_path, "train.steps=900", "train.save_every=900")
-    while "  3/900" not in (tmp_path / "out").read_text():
-        assert process.poll() is None, (tmp_path / "err").read_text()
+    runs.wait_for(tmp_path, "  3/900", process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
     step = latest_step(tmp_path / "run" / "checkpoints")

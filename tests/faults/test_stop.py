@@ -10,19 +10,10 @@ import pytest
 STEPS = ("train.steps=8", "train.save_every=100", "train.eval_every=4", "eval.questions=8", "eval.k=8")
 
 
-def wait_for(folder, text, process, seconds=300):
-    end = time.monotonic() + seconds
-    while text not in (folder / "out").read_text():
-        assert process.poll() is None, (folder / "err").read_text()
-        assert time.monotonic() < end
-        time.sleep(0.001)
-
-
 def stopped(runs, folder, text, number):
     """The step that was saved, the exit code, and how long it took after the signal, which comes when `text` does."""
     process = runs.start(folder, *STEPS)
-    (folder / "out").touch()
-    wait_for(folder, text, process)
+    runs.wait_for(folder, text, process)
     process.send_signal(number)
     started = time.monotonic()
     code = process.wait(120)
@@ -58,7 +49,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(runs, undisturbed, tmp_pat
 @pytest.mark.slow
 def test_before_the_first_step_there_is_nothing_to_save(runs, tmp_path):
     process = runs.start(tmp_path, *STEPS)
-    wait_for(tmp_path, "pairs of figures", process)
+    runs.wait_for(tmp_path, "pairs of figures", process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 143
     assert (tmp_path / "err").read_text().endswith("policy-split: stopped before the first step\n")
@@ -68,7 +59,7 @@ def test_before_the_first_step_there_is_nothing_to_save(runs, tmp_path):
 @pytest.mark.slow
 def test_the_second_interrupt_ends_at_once(runs, tmp_path, figure):
     process = runs.start(tmp_path, *STEPS, "eval.questions=0", "eval.k=400")
-    wait_for(tmp_path, "pairs of figures", process)
+    runs.wait_for(tmp_path, "pairs of figures", process)
     process.send_signal(signal.SIGINT)
     while "Ctrl-C again ends at once" not in (tmp_path / "err").read_text():
         time.sleep(0.001)
@@ -88,7 +79,7 @@ def test_two_processes_stop_together(runs, undisturbed, tmp_path, figure):
         port = one.getsockname()[1]
     where = ("--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process-id")
     both = [runs.start(tmp_path, *STEPS, *where, str(number)) for number in range(2)]
-    wait_for(tmp_path, "step 2/8", both[0])
+    runs.wait_for(tmp_path, "step 2/8", both[0])
     both[1].send_signal(signal.SIGTERM)
     started = time.monotonic()
     assert [process.wait(120) for process in both] == [143, 143], (tmp_path / "err").read_text()

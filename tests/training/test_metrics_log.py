@@ -12,8 +12,8 @@ from policy_split_jax.errors import UserError
 from policy_split_jax.training.metrics_log import MetricsLog
 
 
-def log_of(folder, *, last_step=-1, tensorboard=False, wandb=False):
-    return MetricsLog(folder, "run", last_step=last_step, tensorboard=tensorboard, wandb=wandb)
+def log_of(folder, *, last_step=-1, evaluated=True, tensorboard=False, wandb=False):
+    return MetricsLog(folder, "run", last_step=last_step, evaluated=evaluated, tensorboard=tensorboard, wandb=wandb)
 
 
 def written(folder, name="metrics.jsonl"):
@@ -49,6 +49,19 @@ def test_a_resumed_run_drops_what_lies_after_its_checkpoint(tmp_path):
     log_of(tmp_path, last_step=2)
     assert [row["step"] for row in written(tmp_path)] == [1, 2]
     assert [row["text"] for row in written(tmp_path, "samples.jsonl")] == ["1", "2", "one line\u2028to JSON"]
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_an_evaluation_that_is_made_again_is_not_there_twice(tmp_path, evaluated):
+    """A run that was stopped before its evaluation, went on, made it, and was killed: it goes on from before it."""
+    log = log_of(tmp_path)
+    for kind, step in (("eval", 0), ("train", 1), ("eval", 1), ("train", 2), ("eval", 2), ("train", 3)):
+        log.row(kind, step, {})
+        log.samples(kind, step, [{"text": kind}])
+    log_of(tmp_path, last_step=2, evaluated=evaluated)
+    kept = [("eval", 0), ("train", 1), ("eval", 1), ("train", 2), *([("eval", 2)] if evaluated else [])]
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert [(row["kind"], row["step"]) for row in written(tmp_path, name)] == kept
 
 
 def test_tensorboard_gets_the_same_figures(tmp_path):

@@ -243,7 +243,10 @@ def _eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     parser.add_argument("--walls", type=_numbers, default=(4,), help="walk: walls of a puzzle (default 4)")
     parser.add_argument("--questions", type=_positive, help="at most so many questions (default 256; benchmarks: all)")
     parser.add_argument(
-        "--questions-at-once", type=_positive, default=64, metavar="N", help="sampled and saved together (default 64)"
+        "--questions-at-once",
+        type=_positive,
+        metavar="N",
+        help="sampled and saved together (default: 16 answers a slot, 64 with --k 8 and --slots 64)",
     )
     parser.add_argument(
         "--grader",

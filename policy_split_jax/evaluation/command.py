@@ -3,7 +3,7 @@
 import argparse
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
@@ -22,12 +22,11 @@ from policy_split_jax.data.dataset import load_rows
 from policy_split_jax.data.embedded import PuzzleConfig
 from policy_split_jax.data.formats import Row
 from policy_split_jax.errors import UserError
-from policy_split_jax.evaluation.evaluate import accuracy_intervals, answer, evaluation_metrics, make_scorer
+from policy_split_jax.evaluation.evaluate import answer, evaluation_metrics, intervals, left_out, make_scorer
 from policy_split_jax.evaluation.journal import append, begin
 from policy_split_jax.evaluation.rollout_file import (
-    QuestionBatch,
     SavedQuestion,
-    finished_batches,
+    finished_questions,
     question_batches,
     read_questions,
     rollout_records,
@@ -158,11 +157,12 @@ def _answer_all(
     params: Params,
 ) -> None:
     """Samples, grades, scores and saves the batches that the file has not yet."""
-    batches = question_batches({name: len(task.rows) for name, task in tasks.items()}, options.questions_at_once)
-    done = finished_batches(path, batches, options.k)
+    sizes = {name: len(task.rows) for name, task in tasks.items()}
+    done = finished_questions(path, sizes, options.k)
+    batches = question_batches(sizes, _questions_at_once(options), done)
     each = len(MODE_NAMES) * options.k
-    with RunDisplay(1, 0) as display, display.phase("samples", each * _count(batches)) as progress:
-        progress(each * _count(batches[:done]))
+    with RunDisplay(1, 0) as display, display.phase("samples", each * sum(sizes.values())) as progress:
+        progress(each * sum(done.values()))
         run = partial(
             answer,
             params,
@@ -174,7 +174,7 @@ def _answer_all(
             sampling=sampling,
             progress=progress,
         )
-        for name, left in groupby(batches[done:], key=lambda batch: batch.benchmark):
+        for name, left in groupby(batches, key=lambda batch: batch.benchmark):
             task = tasks[name]
             with GraderPool(task.grader) as pool:
                 for batch in left:
@@ -182,50 +182,67 @@ def _answer_all(
                     append(path, rollout_records(batch, *run(pool=pool, rows=rows, first=batch.first)))
 
 
-def _count(batches: Sequence[QuestionBatch]) -> int:
-    return sum(batch.count for batch in batches)
+def _questions_at_once(options: argparse.Namespace) -> int:
+    """So many that every slot has about 16 answers to give, in which the wait for the last one is little."""
+    return options.questions_at_once or max(1, 16 * options.slots // (len(MODE_NAMES) * options.k))
 
 
-def _metrics(questions: Sequence[SavedQuestion], k: int) -> Metrics:
-    return evaluation_metrics(questions, [saved_sums(questions, mode) for mode in (NORMAL, HIGH_ENTROPY)], k)
+def _metrics(strata: Sequence[Sequence[SavedQuestion]], k: int) -> Metrics:
+    """Means over the strata, with their intervals over questions; of what counts, the sum."""
+    sums = [[saved_sums(own, mode) for mode in (NORMAL, HIGH_ENTROPY)] for own in strata]
+    rows = [evaluation_metrics(own, tokens, k) for own, tokens in zip(strata, sums, strict=True)]
+    mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    counts = {name: sum(row[name] for row in rows) for name in ("questions", "grader/failed")}
+    each = [[[saved_sums([one], mode) for one in own] for mode in (NORMAL, HIGH_ENTROPY)] for own in strata]
+    return mean | counts | {"k": k, "questions_left_out": left_out(strata, k)} | intervals(strata, each, k)
 
 
 def _show_data(questions: Mapping[str, Sequence[SavedQuestion]], k: int) -> Metrics:
-    (own,) = questions.values()
-    row = _metrics(own, k)
+    row = _metrics(list(questions.values()), k)
     Console().print(evaluation_table(row))
-    return plain_row(row | accuracy_intervals([own]))
+    _say_left_out(row)
+    return plain_row(row)
 
 
 def _show_benchmarks(questions: Mapping[str, Sequence[SavedQuestion]], k: int) -> Metrics:
-    rows = {name: _metrics(own, k) | accuracy_intervals([own]) for name, own in questions.items()}
+    rows = {name: _metrics([own], k) for name, own in questions.items()}
     strata: dict[str, list[SavedQuestion]] = {}
     for name, own in questions.items():
         strata.setdefault(BENCHMARKS[name].average, []).extend(own)
-    mean = {"mean": _mean(list(strata.values()), k)} if len(strata) > 1 else {}
+    mean = {"mean": _metrics(list(strata.values()), k)} if len(strata) > 1 else {}
     table_console().print(_table({**rows, **mean}, k))
+    for row in rows.values():
+        _say_left_out(row)
     plain = {name: plain_row(row) for name, row in {**rows, **mean}.items()}
     return {"benchmarks": {name: plain[name] for name in rows}, **{name: plain[name] for name in mean}}
 
 
-def _mean(strata: Sequence[Sequence[SavedQuestion]], k: int) -> Metrics:
-    """Means over the strata; of what counts rollouts, the sum."""
-    rows = [_metrics(questions, k) for questions in strata]
-    mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-    counts = {name: sum(row[name] for row in rows) for name in ("questions", "grader/failed")}
-    return mean | counts | {"k": k} | accuracy_intervals(strata)
+def _say_left_out(row: Metrics) -> None:
+    if row["questions_left_out"]:
+        print(
+            f"{row['questions_left_out']} of {row['questions']} questions have fewer than {row['k']} graded samples in "
+            f"some mode and do not count in pass@{row['k']}"
+        )
 
 
 def _table(rows: Mapping[str, Metrics], k: int) -> Table:
-    table = Table(title=f"{k} samples of each question in each mode; accuracy with its 95 % interval over questions")
+    """Percentages and bits with their 95 % intervals."""
+
+    def share(figure: str) -> Callable[[Metrics, str], str]:
+        return lambda row, mode: (
+            f"{row[f'{figure}/{mode}']:.1%}  "
+            f"{100 * row[f'{figure}/{mode}/low']:.1f} to {100 * row[f'{figure}/{mode}/high']:.1f}"
+        )
+
+    table = Table(title=f"{k} samples of each question in each mode, with 95 % intervals over questions")
     figures = {
-        "accuracy": lambda row, mode: (
-            f"{row[f'accuracy/{mode}']:.1%}  "
-            f"{100 * row[f'accuracy/{mode}/low']:.1f} to {100 * row[f'accuracy/{mode}/high']:.1f}"
+        "accuracy": share("accuracy"),
+        f"maj@{k}": share(f"maj@{k}"),
+        f"pass@{k}": share(f"pass@{k}"),
+        "entropy (bits)": lambda row, mode: (
+            f"{row[f'entropy_bits/{mode}']:.3f}  "
+            f"{row[f'entropy_bits/{mode}/low']:.3f} to {row[f'entropy_bits/{mode}/high']:.3f}"
         ),
-        f"maj@{k}": lambda row, mode: f"{row[f'maj@{k}/{mode}']:.1%}",
-        f"pass@{k}": lambda row, mode: f"{row[f'pass@{k}/{mode}']:.1%}",
-        "entropy (bits)": lambda row, mode: f"{row[f'entropy_bits/{mode}']:.3f}",
         "length": lambda row, mode: f"{row[f'response_length/{mode}']:.1f}",
         "truncated": lambda row, mode: f"{row[f'truncated/{mode}']:.1%}",
     }

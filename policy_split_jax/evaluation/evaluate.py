@@ -21,7 +21,7 @@ from policy_split_jax.modes import HIGH_ENTROPY, MODE_NAMES, NORMAL
 from policy_split_jax.objective.scorer import TokenScores, score_rollouts
 from policy_split_jax.padding import TokenRow
 from policy_split_jax.policy import Policy
-from policy_split_jax.rewards import Grade, GraderPool
+from policy_split_jax.rewards import GraderPool
 from policy_split_jax.rollouts import Graded, Group, Progress, grade_groups, no_progress, sample_groups
 from policy_split_jax.sampler.batcher import Sampling
 from policy_split_jax.sampler.rollout import Sampler
@@ -39,7 +39,7 @@ _BOTH = len(MODE_NAMES)
 
 _SCORED_QUESTIONS = 4
 _SCORED_TOKENS = 1 << 16
-"""Questions scored at once: at most so many, and no more than have so many tokens under both modes, but one."""
+"""Scored at once: rollouts of at most so many questions, of no more tokens under both modes, but one rollout."""
 
 Row_ = dict[str, Any]
 
@@ -101,41 +101,64 @@ def score_groups(
     *,
     max_prompt_tokens: int,
     max_new_tokens: int,
+    progress: Progress = no_progress,
 ) -> list[GroupScores]:
-    """Scores every rollout under both modes, a few questions at a time, in their order."""
-    scored: list[GroupScores] = []
-    tokens = max(
-        2 * len(group.rollouts) * (max(map(len, group.prompts)) + max(len(r.tokens) for r in group.rollouts))
-        for group in groups
+    """Scores every rollout under both modes, a few questions or a part of one at a time, in their order.
+
+    `progress` is told of no samples before each part, so that whoever asks for a stop need not wait for the last.
+    """
+    size = len(groups[0].rollouts)
+    tokens = 2 * max(
+        max(map(len, group.prompts)) + max(len(rollout.tokens) for rollout in group.rollouts) for group in groups
     )
-    at_once = questions_at_once(len(groups[0].rollouts), tokens, scorer.shards)
-    for start in range(0, len(groups), at_once):
-        part = list(groups[start : start + at_once])
-        # The last part is filled up, so that one compiled program serves.
-        full = part + [part[-1]] * (at_once - len(part))
+    at_once, rollouts = scored_at_once(size, tokens, scorer.shards)
+    parts = [
+        (group.prompts, group.rollouts[first : first + rollouts], group.modes[first : first + rollouts])
+        for group in groups
+        for first in range(0, size, rollouts)
+    ]
+    scored: list[TokenScores] = []
+    for start in range(0, len(parts), at_once):
+        progress(0)
+        now = parts[start : start + at_once]
+        # The last ones are filled up, so that one compiled program serves.
+        prompts, responses, modes = zip(*now, *[now[-1]] * (at_once - len(now)), strict=True)
         batch = make_batch(
-            [group.prompts for group in full],
-            [group.rollouts for group in full],
-            [group.modes for group in full],
-            [[0.0] * len(group.rollouts) for group in full],
+            prompts,
+            responses,
+            modes,
+            [[0.0] * rollouts] * at_once,
             max_prompt_tokens=max_prompt_tokens,
             max_new_tokens=max_new_tokens,
         )
         scores = jax.device_get(scorer.run(params, batch))
-        scored += [
-            GroupScores(scores.entropy[:, at], scores.logprobs[:, at], scores.kl[:, at]) for at in range(len(part))
-        ]
-    return scored
+        scored += [jax.tree.map(lambda leaf, at=at: leaf[:, at], scores) for at in range(len(now))]
+    each = size // rollouts
+    return [_together(scored[start : start + each]) for start in range(0, len(scored), each)]
 
 
-def questions_at_once(group: int, tokens: int, shards: int) -> int:
-    """How many questions are scored at once, of `tokens` tokens each under both modes together.
+def _together(parts: Sequence[TokenScores]) -> GroupScores:
+    """The scores of a question's parts, each as wide as its longest rollout."""
+    width = max(part.entropy.shape[-1] for part in parts)
 
-    Few, since whole batches are kept; but so many that their rollouts can be divided evenly over the devices,
-    which costs nobody memory.
+    def joined(values: Sequence[Float[np.ndarray, "2 _ _"]]) -> Float[np.ndarray, "2 G T"]:
+        wide = [np.pad(value, ((0, 0), (0, 0), (0, width - value.shape[-1]))) for value in values]
+        return np.concatenate(wide, axis=1)
+
+    return GroupScores(*(joined([getattr(part, name) for part in parts]) for name in ("entropy", "logprobs", "kl")))
+
+
+def scored_at_once(group: int, tokens: int, shards: int) -> tuple[int, int]:
+    """How many questions are scored at once, and how many of the `group` rollouts of each.
+
+    `tokens` are those of one rollout under both modes together. Few, since whole batches are kept; but so many that
+    the rollouts can be divided evenly over the devices, which costs nobody memory. What is too long for a whole
+    question goes by parts of one size, each counted as a question.
     """
-    least = shards // math.gcd(group, shards)
-    return max(least, min(_SCORED_QUESTIONS, _SCORED_TOKENS // tokens) // least * least)
+    fitting = max(1, _SCORED_TOKENS // tokens)
+    rollouts = max(size for size in range(1, min(fitting, group) + 1) if group % size == 0)
+    least = shards // math.gcd(rollouts, shards)
+    return max(least, min(_SCORED_QUESTIONS, fitting // rollouts) // least * least), rollouts
 
 
 def rewards_of(groups: Sequence[Graded], mode: int) -> Float[np.ndarray, "Q n"]:
@@ -158,21 +181,20 @@ def _correct(rewards: Float[np.ndarray, "Q n"]) -> Float[np.ndarray, "Q n"]:
 
 
 def _answers(groups: Sequence[Graded], mode: int) -> list[list[str | None]]:
-    """What each rollout answered, for votes and for counting solutions; None where it was cut off too early to.
+    """What each rollout answered, right or wrong, for counting solutions."""
+    return [[grade.answer for grade in _of_mode(group, group.grades, mode)] for group in groups]
 
-    A rollout that was cut off and is right all the same had answered.
-    """
+
+def _votes(groups: Sequence[Graded], mode: int) -> list[list[str | None]]:
+    """The same for votes: what was cut off has none, right or wrong, or the vote would know which is which."""
+    answers = zip(_answers(groups, mode), groups, strict=True)
     return [
         [
-            None if reason == "length" and not _is_right(grade) else grade.answer
-            for grade, reason in _of_mode(group, list(zip(group.grades, group.finish_reasons, strict=True)), mode)
+            None if reason == "length" else answer
+            for answer, reason in zip(own, _of_mode(group, group.finish_reasons, mode), strict=True)
         ]
-        for group in groups
+        for own, group in answers
     ]
-
-
-def _is_right(grade: Grade) -> bool:
-    return grade.score is not None and grade.score > CORRECT
 
 
 def outcome_metrics(groups: Sequence[Graded]) -> Row_:
@@ -211,10 +233,10 @@ def pass_metrics(groups: Sequence[Graded], k: int) -> Row_:
     `both` has only even sizes.
     """
     correct = [_correct(rewards_of(groups, mode)) for mode in (NORMAL, HIGH_ENTROPY)]
-    answers = [_answers(groups, mode) for mode in (NORMAL, HIGH_ENTROPY)]
+    votes = [_votes(groups, mode) for mode in (NORMAL, HIGH_ENTROPY)]
     row: Row_ = {}
     for mode, name in enumerate(MODE_NAMES):
-        row[f"maj@{k}/{name}"] = metrics.majority_at_k(answers[mode], correct[mode])
+        row[f"maj@{k}/{name}"] = metrics.majority_at_k(votes[mode], correct[mode])
         for size in _sizes(k):
             row[f"pass@{size}/{name}"] = metrics.pass_at_k(correct[mode], size)
     for size in _sizes(k):
@@ -223,7 +245,7 @@ def pass_metrics(groups: Sequence[Graded], k: int) -> Row_:
     if k % 2 == 0:
         # As many votes as one mode has.
         half = k // 2
-        both = [[*first[:half], *second[:half]] for first, second in zip(*answers, strict=True)]
+        both = [[*first[:half], *second[:half]] for first, second in zip(*votes, strict=True)]
         row[f"maj@{k}/both"] = metrics.majority_at_k(both, np.concatenate([part[:, :half] for part in correct], axis=1))
     return row
 
@@ -333,22 +355,49 @@ def scored_metrics(groups: Sequence[Group], scores: Sequence[GroupScores], k: in
     return evaluation_metrics(groups, [token_sums(groups, scores, mode) for mode in (NORMAL, HIGH_ENTROPY)], k)
 
 
-def accuracy_intervals(strata: Sequence[Sequence[Graded]]) -> Row_:
-    """95 % bootstrap intervals over questions of each mode's accuracy, and of what the high-entropy mode has more.
+def intervals(strata: Sequence[Sequence[Graded]], tokens: Sequence[Sequence[Sequence[TokenSums]]], k: int) -> Row_:
+    """95 % bootstrap intervals over questions of each mode's accuracy, pass@k, maj@k and entropy.
 
-    Accuracies are means over the strata (the benchmarks; one where there is one). The difference is paired: of each
-    question in both modes.
+    Figures are means over the strata (the benchmarks; one where there is one); `tokens` has for each stratum and mode
+    the sums of each question. `accuracy_difference` is what the high-entropy mode has more, paired by question.
     """
-    normal, high_entropy = (
-        [metrics.average_at_k_per_question(_correct(rewards_of(groups, mode))) for groups in strata]
-        for mode in (NORMAL, HIGH_ENTROPY)
-    )
-    difference = [second - first for first, second in zip(normal, high_entropy, strict=True)]
-    row: Row_ = {"accuracy_difference": float(np.mean([metrics.mean_over_questions(part) for part in difference]))}
-    for name, values in (("/normal", normal), ("/high_entropy", high_entropy), ("_difference", difference)):
-        low, high = metrics.stratified_interval(values)
-        row |= {f"accuracy{name}/low": low, f"accuracy{name}/high": high}
-    return row
+    row: Row_ = {}
+    for mode, name in enumerate(MODE_NAMES):
+        found = [_per_question(groups, mode, k) for groups in strata]
+        for figure in found[0]:
+            row |= _ends(f"{figure}/{name}", [part[figure] for part in found])
+        sums = [own[mode] for own in tokens]
+        bits = [np.array([_per_token(each.entropy, each.tokens) / np.log(2) for each in own]) for own in sums]
+        row |= _ends(f"entropy_bits/{name}", bits, [np.array([each.tokens for each in own], float) for own in sums])
+    differences = [
+        _per_question(groups, HIGH_ENTROPY, k)["accuracy"] - _per_question(groups, NORMAL, k)["accuracy"]
+        for groups in strata
+    ]
+    row["accuracy_difference"] = float(np.mean([metrics.mean_over_questions(part) for part in differences]))
+    return row | _ends("accuracy_difference", differences)
+
+
+def _per_question(groups: Sequence[Graded], mode: int, k: int) -> dict[str, Float[np.ndarray, "Q"]]:
+    correct = _correct(rewards_of(groups, mode))
+    return {
+        "accuracy": metrics.average_at_k_per_question(correct),
+        f"pass@{k}": metrics.pass_at_k_per_question(correct, k),
+        f"maj@{k}": metrics.majority_at_k_per_question(_votes(groups, mode), correct),
+    }
+
+
+def _ends(name: str, strata: Sequence[np.ndarray], weights: Sequence[np.ndarray] | None = None) -> Row_:
+    low, high = metrics.stratified_interval(strata, weights)
+    return {f"{name}/low": low, f"{name}/high": high}
+
+
+def left_out(strata: Sequence[Sequence[Graded]], k: int) -> int:
+    """How many questions have too few graded samples for pass@k in some mode, and count nowhere in it."""
+    found = 0
+    for groups in strata:
+        normal, high_entropy = (_per_question(groups, mode, k)[f"pass@{k}"] for mode in (NORMAL, HIGH_ENTROPY))
+        found += metrics.left_out(normal + high_entropy)
+    return found
 
 
 def answer(
@@ -371,4 +420,4 @@ def answer(
     )
     grade_groups(pool, groups)
     limits = {"max_prompt_tokens": sampler.max_prompt_tokens, "max_new_tokens": sampling.max_new_tokens}
-    return groups, score_groups(scorer, params, groups, **limits)
+    return groups, score_groups(scorer, params, groups, **limits, progress=progress)

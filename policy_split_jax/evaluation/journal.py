@@ -15,14 +15,15 @@ Record = dict[str, Any]
 def begin(path: Path, settings: Mapping[str, Any], fresh: bool) -> None:
     """Makes sure that a file of these settings is there; `fresh` drops one that was there before.
 
-    Raises UserError where the file is one of other settings, naming them.
+    Raises UserError where the file is one of other settings, naming them; but one that holds nothing else is replaced.
     """
-    if fresh or not path.is_file():
-        with whole_file(path) as file:
-            file.write(_line({"settings": settings}))
-    else:
+    if path.is_file() and not fresh:
         with path.open("rb") as file:
-            _check_settings(path, next_record(file), settings)
+            header, more = next_record(file), file.read(1)
+        if more or header is None or not isinstance(header.get("settings"), dict):
+            return _check_settings(path, header, settings)
+    with whole_file(path) as file:
+        file.write(_line({"settings": settings}))
 
 
 def next_record(file: BinaryIO) -> Record | None:

@@ -169,6 +169,7 @@ def _client(url: str) -> Iterator[Any]:
 
 def _ask(client: Any, options: argparse.Namespace, question: str, text: str) -> str:
     import openai
+    from openai.types.chat import ChatCompletion
 
     try:
         completion = client.chat.completions.create(
@@ -178,6 +179,11 @@ def _ask(client: Any, options: argparse.Namespace, question: str, text: str) -> 
         raise UserError(f"{options.url}: answered {error.status_code}: {error.message}; correct the options") from None
     except openai.APIConnectionError as error:
         raise UserError(f"{options.url}: {error.message} Check --url; the same command goes on") from None
+    except ValueError:
+        completion = None
+    # The client hands over as text what is not JSON.
+    if not isinstance(completion, ChatCompletion):
+        raise UserError(f"{options.url}: its answer is no chat completion; check --url, which mostly ends with /v1")
     return (completion.choices[0].message.content or "") if completion.choices else ""
 
 

@@ -146,25 +146,36 @@ def bootstrap_interval(
     Questions are drawn with replacement; NaN questions are left out first. (NaN, NaN) where no question
     counts.
     """
-    return stratified_interval([values], level, draws, seed)
+    return stratified_interval([values], None, level, draws, seed)
 
 
 def stratified_interval(
-    strata: Sequence[Float[np.ndarray, "_"]], level: float = 0.95, draws: int = 2000, seed: int = 0
+    strata: Sequence[Float[np.ndarray, "_"]],
+    weights: Sequence[Float[np.ndarray, "_"]] | None = None,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """`bootstrap_interval` of the mean over strata of their means: each stratum's questions are drawn by themselves.
 
-    (NaN, NaN) where no question of some stratum counts.
+    `weights` are those of the questions in their stratum's mean, all the same without. (NaN, NaN) where no question
+    of some stratum counts.
     """
     if not 0 < level < 1:
         raise ValueError(f"level = {level} is not between 0 and 1")
     if draws < 1:
         raise ValueError(f"draws = {draws} is not a positive number of resamples")
-    counted = [values[~np.isnan(values)] for values in strata]
-    if not all(values.size for values in counted):
+    weights = [np.ones_like(values) for values in strata] if weights is None else weights
+    counted = [(values[~np.isnan(values)], own[~np.isnan(values)]) for values, own in zip(strata, weights, strict=True)]
+    if not all(values.size for values, _ in counted):
         return math.nan, math.nan
     rng = np.random.default_rng(seed)
-    means = [[values[rng.integers(values.size, size=values.size)].mean() for values in counted] for _ in range(draws)]
+
+    def drawn_mean(values: Float[np.ndarray, "_"], own: Float[np.ndarray, "_"]) -> float:
+        places = rng.integers(values.size, size=values.size)
+        return float(np.average(values[places], weights=own[places]))
+
+    means = [[drawn_mean(*each) for each in counted] for _ in range(draws)]
     low, high = np.quantile(np.mean(means, axis=1), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

@@ -47,12 +47,15 @@ class SavedQuestion:
     """To the other mode, summed likewise."""
 
 
-def question_batches(sizes: Mapping[str, int], at_once: int) -> list[QuestionBatch]:
-    """All batches of an evaluation, in their order; `sizes` says how many questions each benchmark has."""
+def question_batches(sizes: Mapping[str, int], at_once: int, done: Mapping[str, int]) -> list[QuestionBatch]:
+    """The batches that are left of an evaluation, in their order.
+
+    `sizes` says how many questions each benchmark has, and `done` how many of them are there.
+    """
     return [
         QuestionBatch(name, first, min(at_once, size - first))
         for name, size in sizes.items()
-        for first in range(0, size, at_once)
+        for first in range(done[name], size, at_once)
     ]
 
 
@@ -63,6 +66,7 @@ def rollout_records(batch: QuestionBatch, groups: Sequence[Group], scores: Seque
         for at, (mode, length, grade) in enumerate(zip(group.modes, group.lengths, group.grades, strict=True)):
             yield {
                 **dict(zip(_PLACE, (batch.benchmark, question, MODE_NAMES[mode], at % k), strict=True)),
+                "batch": batch.count,
                 "text": group.texts[at],
                 "reward": grade.score,
                 "grader_error": grade.error,
@@ -74,16 +78,21 @@ def rollout_records(batch: QuestionBatch, groups: Sequence[Group], scores: Seque
             }
 
 
-def finished_batches(path: Path, batches: Sequence[QuestionBatch], k: int) -> int:
-    """How many of the batches the file has whole; what follows them is cut off.
+def finished_questions(path: Path, sizes: Mapping[str, int], k: int) -> dict[str, int]:
+    """How many questions of each benchmark the file has, in whole batches; what follows these is cut off.
 
     Raises UserError where a line holds another rollout than the one that belongs there.
     """
+    done = dict.fromkeys(sizes, 0)
     with path.open("rb+") as file:
         file.readline()
-        done, end = 0, file.tell()
-        while done < len(batches) and _is_whole(path, file, batches[done], k):
-            done, end = done + 1, file.tell()
+        end = file.tell()
+        for name, size in sizes.items():
+            while done[name] < size and (count := _whole_batch(path, file, name, done[name], k)):
+                done[name] += count
+                end = file.tell()
+            if done[name] < size:
+                break
         file.truncate(end)
     return done
 
@@ -122,19 +131,22 @@ def _add(question: SavedQuestion, record: Record) -> None:
     question.kl.append(record["kl_sum"])
 
 
-def _is_whole(path: Path, file: BinaryIO, batch: QuestionBatch, k: int) -> bool:
-    """Reads the lines of a batch; False where one is missing or was cut off."""
+def _whole_batch(path: Path, file: BinaryIO, name: str, first: int, k: int) -> int:
+    """Reads the batch that begins with a question; how many it has, 0 where a line is missing or was cut off."""
+    start = file.tell()
+    count = (next_record(file) or {}).get("batch", 0)
+    file.seek(start)
     places = (
-        (batch.benchmark, question, MODE_NAMES[mode], index)
-        for question in range(batch.first, batch.first + batch.count)
+        (name, question, MODE_NAMES[mode], index)
+        for question in range(first, first + count)
         for mode in (NORMAL, HIGH_ENTROPY)
         for index in range(k)
     )
     for place in places:
         record = next_record(file)
         if record is None:
-            return False
-        found = tuple(record.get(name) for name in _PLACE)
+            return 0
+        found = tuple(record.get(key) for key in _PLACE)
         if found != place:
             raise UserError(f"{path}: has the rollout {found} where {place} belongs; give --fresh")
-    return True
+    return count

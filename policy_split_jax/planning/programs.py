@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from policy_split_jax.config import RunConfig
-from policy_split_jax.evaluation.evaluate import make_scorer, questions_at_once
+from policy_split_jax.evaluation.evaluate import make_scorer, scored_at_once
 from policy_split_jax.model import qwen3
 from policy_split_jax.model.sharding import batch_shards, placed, replicated
 from policy_split_jax.objective.scorer import Places
@@ -113,11 +113,10 @@ def _slot_request(mesh: Mesh, count: int) -> engine.SlotRequest:
 
 
 def _score(config: RunConfig, model: qwen3.Qwen3Config, mesh: Mesh, params: Any) -> Program:
-    """Evaluations score as few questions at once as all devices can share."""
+    """Evaluations score as few rollouts at once as all devices can share."""
     scorer = make_scorer(model, dtype=config.model.dtype, chunk=config.train.score_chunk, mesh=mesh)
-    group = 2 * config.eval.k
-    questions = questions_at_once(group, group * 2 * _longest(config), batch_shards(mesh))
-    return Program("score", "score", scorer.run, (params, _batch(config, mesh, questions, group)))
+    questions, rollouts = scored_at_once(2 * config.eval.k, 2 * _longest(config), batch_shards(mesh))
+    return Program("score", "score", scorer.run, (params, _batch(config, mesh, questions, rollouts)))
 
 
 def update_program(

@@ -7,8 +7,8 @@ _BRACES = re.compile(r"(?P<box>\\boxed\s*\{)|\\[{}]|(?P<open>\{)|(?P<close>\})")
 
 
 def after_think(text: str) -> str:
-    """The text after the last `</think>`; all of it where no thinking ended."""
-    return text.rpartition("</think>")[2]
+    """The text after the last `</think>`, without a thought that begins there and never ends."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def last_boxed(text: str) -> str | None:

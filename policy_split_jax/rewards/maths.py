@@ -38,8 +38,23 @@ def canonical(response: str, ground_truth: str | int | float) -> str | None:
 
 
 def answered(response: str, ground_truth: str | int | float) -> str | None:
-    """The answer as it is written, right or wrong; None where there is none."""
-    return marked(after_think(response)) or None
+    """The answer, right or wrong, in the form that sympy gives it, decimals as fractions; None where there is none.
+
+    So that equal wrong answers mostly have one form, as all right ones have: 0.25, 1/4 and \\frac14.
+    """
+    answer = marked(after_think(response))
+    return _form(answer) if answer else None
+
+
+def _form(answer: str) -> str:
+    """As it is written where sympy does not read it."""
+    from sympy import Number, nsimplify
+
+    try:
+        value = _parse(answer)[0]
+        return str(nsimplify(value, rational=True) if isinstance(value, Number) else value)
+    except Exception:
+        return answer
 
 
 def _parse(answer: str) -> list[Any]:

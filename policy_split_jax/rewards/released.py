@@ -6,7 +6,6 @@ line's last closing brace, so a second box, or braces behind the box, on the sam
 that holds a line break is none.
 """
 
-from policy_split_jax.rewards.answers import after_think
 from policy_split_jax.rewards.prm800k import matched
 
 
@@ -29,9 +28,8 @@ def canonical(response: str, ground_truth: str | int | float) -> str | None:
 
 def answered(response: str, ground_truth: str | int | float) -> str | None:
     """The answer as it is written, right or wrong; None where there is none."""
-    if "</think>" not in response:
-        return None
-    for line in reversed(after_think(response).split("\n")):
+    _, ended, behind = response.rpartition("</think>")
+    for line in reversed(behind.split("\n") if ended else []):
         content, brace, _ = line.partition(r"\boxed{")[2].rpartition("}")
         if brace:
             return content.strip() or None

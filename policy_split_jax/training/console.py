@@ -123,12 +123,18 @@ def evaluation_table(row: Mapping[str, Any]) -> Table:
     for heading in ("", "normal", "high-entropy", "both"):
         table.add_column(heading, justify="right" if heading else "left")
     for name in dict.fromkeys(key.split("/")[0] for key in row if "/" in key and not key.startswith(("time", "kl"))):
-        cells = [_shown(row, f"{name}/{mode}", "{:.4f}") for mode in ("normal", "high_entropy", "both")]
+        cells = [_with_interval(row, f"{name}/{mode}") for mode in ("normal", "high_entropy", "both")]
         if any(cells):
             table.add_row(name.replace("_", " "), *cells)
     table.add_row("KL to the other mode (nats/token)", _shown(row, "kl/normal_to_high_entropy", "{:.4f}"),
                   _shown(row, "kl/high_entropy_to_normal", "{:.4f}"), "")  # fmt: skip
     return table
+
+
+def _with_interval(row: Mapping[str, Any], key: str) -> str:
+    """A figure, and where the row has it its interval."""
+    ends = [_shown(row, f"{key}/{end}", "{:.3f}") for end in ("low", "high")]
+    return f"{_shown(row, key, '{:.4f}')}  {' to '.join(ends)}" if all(ends) else _shown(row, key, "{:.4f}")
 
 
 def _shown(row: Mapping[str, Any], key: str, form: str) -> str:

@@ -1,5 +1,6 @@
 """`policy-split eval` on the embedded model, as a user calls it."""
 
+import argparse
 import json
 import signal
 import subprocess
@@ -164,11 +165,38 @@ def test_rows_of_another_place_are_refused(undisturbed, tmp_path, capsys):
 
 
 def test_batches_do_not_cross_benchmarks():
-    assert question_batches({"a": 3, "b": 2}, 2) == [
+    assert question_batches({"a": 3, "b": 2}, 2, {"a": 0, "b": 0}) == [
         QuestionBatch("a", 0, 2),
         QuestionBatch("a", 2, 1),
         QuestionBatch("b", 0, 2),
     ]
+    assert question_batches({"a": 5, "b": 2}, 4, {"a": 3, "b": 0}) == [
+        QuestionBatch("a", 3, 2),
+        QuestionBatch("b", 0, 2),
+    ]
+
+
+@pytest.mark.parametrize(("size", "expected"), [("5", [4]), ("1", [4]), ("3", [4])])
+def test_other_batches_keep_what_is_there(size, expected, undisturbed, sampled, tmp_path):
+    """Two batches of two are there, and of the last question half."""
+    lines = rollouts(undisturbed).read_bytes().splitlines(keepends=True)
+    rollouts(tmp_path).write_bytes(b"".join(lines[: 2 * LINES + 3]))
+    assert main(arguments(tmp_path, "--questions-at-once", size)) == 0
+    assert sampled == expected
+    assert rollouts(tmp_path).read_bytes().startswith(b"".join(lines[: 2 * LINES + 1]))
+
+
+@pytest.mark.parametrize(("slots", "k", "expected"), [(64, 8, 64), (8, 8, 8), (1, 64, 1), (64, 1, 512)])
+def test_a_batch_keeps_the_slots_busy(slots, k, expected):
+    options = argparse.Namespace(questions_at_once=None, slots=slots, k=k)
+    assert command._questions_at_once(options) == expected
+    assert command._questions_at_once(argparse.Namespace(questions_at_once=3)) == 3
+
+
+def test_a_mistyped_setting_can_be_corrected(tmp_path):
+    """What holds its settings alone has nothing to lose."""
+    assert main(arguments(tmp_path, "--grader", "mathh")) == 2
+    assert main(arguments(tmp_path)) == 0
 
 
 @pytest.fixture
@@ -222,7 +250,7 @@ def test_the_mean_of_benchmarks_by_hand():
 
     first = [question((1, 1), (1, 0)), question((0, 0), (0, 0)), question((1, 0), (1, 1))]
     second = [question((0, 0), (1, 1))]
-    row = command._mean([first, second], 2)
+    row = command._metrics([first, second], 2)
     assert row["accuracy/normal"] == pytest.approx((0.5 + 0) / 2)
     assert row["accuracy/high_entropy"] == pytest.approx((0.5 + 1) / 2)
     assert row["accuracy_difference"] == pytest.approx(0.5)
@@ -230,7 +258,10 @@ def test_the_mean_of_benchmarks_by_hand():
     assert row["entropy/normal"] == pytest.approx(3 / 4)
     assert row["entropy_bits/high_entropy"] == pytest.approx(2 / np.log(2))
     assert row["kl/high_entropy_to_normal"] == pytest.approx(1 / 4)
-    assert (row["questions"], row["grader/failed"], row["k"]) == (4, 0, 2)
+    assert (row["questions"], row["grader/failed"], row["k"], row["questions_left_out"]) == (4, 0, 2, 0)
+    # The second benchmark has one question, and the first is at 0, 1/2 or 1 with each of its own.
+    assert 0 <= row["pass@2/normal/low"] < 1 / 3 < row["pass@2/normal/high"] <= 0.5
+    assert row["entropy_bits/normal/low"] == row["entropy_bits/normal/high"] == pytest.approx(0.75 / np.log(2))
 
 
 @pytest.mark.parametrize(("given", "grader"), [([], "math"), (["--grader", "exact"], "exact")])

@@ -32,10 +32,11 @@ def test_equal_wrong_answers_vote_together():
     assert row["maj@3/high_entropy"] == 1.0
 
 
-def test_what_was_cut_off_has_no_vote_unless_it_is_right():
+def test_what_was_cut_off_has_no_vote_but_is_a_solution():
+    """Were the right one alone to vote, it would win against two equal wrong ones."""
     cut = [(0.0, "7", "length"), (0.0, "7", "length"), (1.0, "8", "length")]
-    row = evaluate.pass_metrics([group(cut, cut)], 3)
-    assert row["maj@3/normal"] == 1.0
+    row = evaluate.pass_metrics([group(cut, [*cut[:2], (0.0, "9")])], 3)
+    assert (row["maj@3/normal"], row["maj@3/high_entropy"]) == (0.0, 0.0)
     assert evaluate.outcome_metrics([group(cut, cut)])["distinct_correct/normal"] == 1.0
 
 
@@ -93,33 +94,52 @@ def test_what_one_mode_sampled_has_its_figures_alone(normal, name):
 
 
 def test_long_answers_are_scored_fewer_at_a_time(monkeypatch):
-    # 16 tokens a question.
-    for budget, expected in ((64, 4), (1000, 4), (40, 2), (16, 1), (3, 1)):
+    """8 rollouts a question, of 10 tokens each."""
+    expected = {1000: (4, 8), 330: (4, 8), 200: (2, 8), 80: (1, 8), 79: (1, 4), 39: (1, 2), 19: (1, 1), 3: (1, 1)}
+    for budget, parts in expected.items():
         monkeypatch.setattr(evaluate, "_SCORED_TOKENS", budget)
-        assert evaluate.questions_at_once(2, 16, shards=1) == expected
+        assert evaluate.scored_at_once(8, 10, shards=1) == parts
 
 
-def test_so_many_questions_are_scored_that_devices_share_their_rollouts():
-    for group, shards, expected in ((16, 32, 2), (16, 256, 16), (16, 8, 1), (6, 4, 2), (3, 8, 8)):
-        assert evaluate.questions_at_once(group, 1 << 20, shards) == expected
-        assert group * expected % shards == 0
+def test_parts_of_a_question_have_one_size(monkeypatch):
+    monkeypatch.setattr(evaluate, "_SCORED_TOKENS", 50)
+    assert [evaluate.scored_at_once(group, 10, shards=1)[1] for group in (4, 6, 7, 10)] == [4, 3, 1, 5]
+
+
+def test_so_many_are_scored_that_devices_share_them():
+    for group, shards, expected in ((16, 32, (32, 1)), (16, 8, (8, 1)), (6, 4, (4, 1)), (3, 1, (1, 1))):
+        assert evaluate.scored_at_once(group, 1 << 20, shards) == expected
     # Short ones: as many as one device would score, evenly.
-    assert evaluate.questions_at_once(2, 16, shards=4) == 4
+    assert evaluate.scored_at_once(2, 16, shards=4) == (4, 2)
+    for group, shards, expected in ((16, 32, (4, 16)), (6, 4, (4, 6)), (3, 8, (8, 3))):
+        assert evaluate.scored_at_once(group, 8, shards) == expected
 
 
-def test_the_scored_questions_are_as_long_as_the_longest(monkeypatch):
+@pytest.mark.parametrize(("budget", "calls"), [(32, [(2, 2)] * 5), (8, [(1, 1)] * 18)])
+def test_what_is_scored_is_as_long_as_the_longest(budget, calls, monkeypatch):
     """Two rollouts of at most 3 tokens after a prompt of 1, under two modes: 16 tokens a question, two in 32."""
     rows = [group([(0.0, "1")], [(0.0, "1")])] * 9
     sizes = []
 
     def run(params, batch):
-        sizes.append(len(batch.rewards))
-        zeros = np.zeros((2, *batch.responses.shape))
-        return evaluate.TokenScores(zeros, zeros, zeros)
+        sizes.append(batch.rewards.shape)
+        lengths = np.broadcast_to(batch.response_lengths[..., None], batch.responses.shape).astype(np.float32)
+        values = np.stack([lengths, 10 + lengths])
+        return evaluate.TokenScores(100 + values, values, 200 + values)
 
-    monkeypatch.setattr(evaluate, "_SCORED_TOKENS", 32)
-    scored = evaluate.score_groups(evaluate.Scorer(run, 1), {}, rows, max_prompt_tokens=4, max_new_tokens=4)
-    assert (sizes, len(scored)) == ([2] * 5, 9)
+    monkeypatch.setattr(evaluate, "_SCORED_TOKENS", budget)
+    checks = []
+    scored = evaluate.score_groups(
+        evaluate.Scorer(run, 1), {}, rows, max_prompt_tokens=4, max_new_tokens=4, progress=checks.append
+    )
+    assert (sizes, len(scored)) == (calls, 9)
+    # A stop can be asked for before each.
+    assert checks == [0] * len(calls)
+    for one in scored:
+        # The rollouts have 2 and 3 tokens: each is where it belongs.
+        assert one.entropy[:, :, 0].tolist() == [[2, 3], [12, 13]]
+        assert one.logprobs[:, :, 0].tolist() == [[102, 103], [112, 113]]
+        assert one.kl[:, :, 0].tolist() == [[202, 203], [212, 213]]
 
 
 def test_means_over_tokens():
@@ -144,16 +164,44 @@ def test_means_over_tokens():
     assert evaluate.distribution_metrics(*rollouts) == pytest.approx(row)
 
 
+def tokens_of(rows, sizes, bits):
+    """Token sums of each mode and question: `sizes` tokens of `bits` bits each, by question."""
+    one = [
+        evaluate.TokenSums(np.array([size * bit * math.log(2)]), np.zeros(1), size)
+        for size, bit in zip(sizes, bits, strict=True)
+    ]
+    return [[one, one]]
+
+
 def test_intervals_of_accuracy_are_paired_by_question():
     """Each question's difference is 1/2, whatever its difficulty: that interval is a point, the modes' are not."""
     hard, easy = (0.0, "7"), (1.0, "8")
     rows = [group([hard, hard], [hard, easy]), group([hard, easy], [easy, easy])] * 3
-    row = evaluate.accuracy_intervals([rows])
+    row = evaluate.intervals([rows], tokens_of(rows, [1] * 6, [1.0] * 6), 2)
     assert (row["accuracy_difference"], row["accuracy_difference/low"], row["accuracy_difference/high"]) == (0.5,) * 3
     # Six questions, half of them 0 and half 1/2: the mean of six draws is a multiple of 1/12, B(6, 1/2)/12. Its
     # quantiles at 2.5 and 97.5 % are 1/12 and 5/12 (P(B=0) = 1.6 %, P(B<=1) = 10.9 %).
     assert (row["accuracy/normal/low"], row["accuracy/normal/high"]) == pytest.approx((1 / 12, 5 / 12))
     assert (row["accuracy/high_entropy/low"], row["accuracy/high_entropy/high"]) == pytest.approx((7 / 12, 11 / 12))
+    # One right of two is found by two samples: 0 or 1 a question, B(6, 1/2)/6. A tie is half a vote, as accuracy is.
+    assert (row["pass@2/normal/low"], row["pass@2/normal/high"]) == pytest.approx((1 / 6, 5 / 6))
+    assert (row["pass@2/high_entropy/low"], row["pass@2/high_entropy/high"]) == (1.0, 1.0)
+    assert (row["maj@2/normal/low"], row["maj@2/normal/high"]) == pytest.approx((1 / 12, 5 / 12))
+
+
+def test_intervals_of_entropy_weigh_tokens():
+    """Half of the questions have 3 tokens of 1 bit, half 1 token of 2 bits."""
+    rows = [group([(1.0, "8")], [(1.0, "8")])] * 6
+    row = evaluate.intervals([rows], tokens_of(rows, [3, 1] * 3, [1.0, 2.0] * 3), 1)
+    # With b of six draws the long ones: (3 b + 2 (6 - b)) / (3 b + 6 - b); b is 1 to 5 within the interval.
+    ends = (row["entropy_bits/normal/low"], row["entropy_bits/normal/high"])
+    assert ends == pytest.approx(((3 * 5 + 2) / (3 * 5 + 1), (3 + 2 * 5) / (3 + 5)))
+
+
+def test_questions_with_failed_grades_are_counted():
+    rows = [group([(None, None)], [(1.0, "8")]), group([(1.0, "8")], [(1.0, "8")]), group([(1.0, "8")], [(None, None)])]
+    assert evaluate.left_out([rows], 1) == 2
+    assert evaluate.left_out([rows[:1], rows[1:2]], 1) == 1
 
 
 def scored(group, tokens):

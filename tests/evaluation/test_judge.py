@@ -83,7 +83,7 @@ def test_figures_by_hand():
 
 
 class Endpoint:
-    """Replies by a function of the request; `seen` holds the requests."""
+    """Replies by a function of the request, bytes as they are; `seen` holds the requests."""
 
     def __init__(self, reply):
         self.seen = []
@@ -98,10 +98,11 @@ class Endpoint:
                 message = {"role": "assistant", "content": text}
                 content = {"id": "1", "object": "chat.completion", "created": 0, "model": "judge"}
                 content["choices"] = [{"index": 0, "finish_reason": "stop", "message": message}]
-                data = json.dumps(content if status == 200 else {"error": {"message": text}}).encode()
+                whole = content if status == 200 else {"error": {"message": text}}
+                data = text if isinstance(text, bytes) else json.dumps(whole).encode()
                 handler.send_response(status)
                 handler.send_header("Content-Length", str(len(data)))
-                handler.send_header("Content-Type", "application/json")
+                handler.send_header("Content-Type", "text/html" if data.startswith(b"<") else "application/json")
                 handler.send_header("retry-after-ms", "1")
                 handler.end_headers()
                 handler.wfile.write(data)
@@ -215,6 +216,15 @@ def test_a_refusal_ends_all(answers):
     with Endpoint(lambda body, number: (401, "no such key")) as endpoint:
         assert main(arguments(answers, endpoint.url, "--concurrency", "1")) == 2
     assert len(endpoint.seen) < 100
+
+
+@pytest.mark.parametrize("body", [b"<html>Welcome</html>", b'{"cut off', b'"text"', b"[]"])
+def test_what_is_no_completion_is_named(body, answers, capsys):
+    with Endpoint(lambda *request: (200, body)) as endpoint:
+        assert main(arguments(answers, endpoint.url)) == 2
+    error = capsys.readouterr().err
+    assert f"{endpoint.url}: its answer is no chat completion; check --url" in error
+    assert error.count("\n") == 1
 
 
 def test_an_endpoint_that_is_not_there_is_named(answers, monkeypatch, capsys):

@@ -28,7 +28,9 @@ def test_many_open_boxes_take_linear_time():
 
 def test_thinking_ends_at_its_last_mark():
     assert after_think("<think>a</think>b</think> c") == " c"
-    assert after_think("<think>never ended") == "<think>never ended"
+    assert after_think("no thought") == "no thought"
+    assert after_think(r"<think>never ended \boxed{3}") == ""
+    assert after_think("<think>a</think>b<think>c") == "b"
 
 
 def test_a_box_goes_before_hashes_and_a_bare_reference_is_its_own_answer():

@@ -56,6 +56,26 @@ def test_all_correct_answers_have_one_form():
     assert answered("no idea", r"\frac12") is None
 
 
+@pytest.mark.parametrize(
+    "alike",
+    [
+        ["0.25", r"\frac14", "1/4", "0.250", r"\dfrac{1}{4}", ".25"],
+        ["3", "3.0", r"\text{3}", "$3$"],
+        ["(1, 2)", "(1,2)", r"\left(1, 2\right)"],
+        [r"2\sqrt{3}", r"2 \sqrt 3"],
+    ],
+)
+def test_equal_wrong_answers_have_one_form(alike):
+    forms = {answered(rf"\boxed{{{answer}}}", "7") for answer in alike}
+    assert len(forms) == 1
+    assert answered(r"\boxed{5}", "7") not in forms
+
+
+@pytest.mark.parametrize("answer", [r"\frac{}", "1" * 5000, "1e99999", r"\text{no solution}"])
+def test_what_sympy_does_not_read_votes_as_it_is_written(answer):
+    assert answered(rf"\boxed{{{answer}}}", "7") is not None
+
+
 def test_an_empty_ground_truth_is_an_error_and_not_a_zero():
     with pytest.raises(ValueError, match="no mathematical answer"):
         score(r"\boxed{1}", "")

@@ -25,6 +25,7 @@ from study import (
     ABLATIONS,
     FOLDER,
     METHODS,
+    PAPER,
     PROMPT_RESULTS,
     QUESTIONS,
     RATES,
@@ -42,6 +43,7 @@ from study import (
     tuning,
 )
 
+from policy_split_jax.config import RunConfig, load
 from policy_split_jax.report.groups import Named
 from policy_split_jax.report.page import write_report
 
@@ -69,7 +71,7 @@ def ablate(results: Results, seeds: Sequence[int], parallel: int) -> None:
 
 def page(results: Results) -> str:
     """docs/results.md from whatever results there are."""
-    tasks = [task for task in TASKS if any(run.task == task for run in results)]
+    tasks = [task for task in TASKS if any(tables.best_ends(results, task, method) for method in METHODS)]
 
     def of_each(table: Callable[..., str]) -> dict[str, str]:
         return {task: table(results, task, tuple(METHODS)) for task in tasks}
@@ -83,9 +85,30 @@ def page(results: Results) -> str:
         "costs": tables.costs(results),
         "prompts": tables.prompts(read_records(PROMPT_RESULTS)),
     }
-    facts = {"steps": STEPS, "questions": QUESTIONS, "rates": ", ".join(f"{rate:g}" for rate in RATES)}
-    facts |= {"ablation_task": ABLATION_TASK, "ablation_rate": f"{ABLATION_RATE:g}"}
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(sections | facts)
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(sections | _facts())
+
+
+def _facts() -> dict[str, object]:
+    """What the page says of the runs' settings."""
+    own = load(RunConfig, METHODS[SPLIT])
+    return {
+        "steps": STEPS,
+        "walk_steps": TASKS["walk"]["train.steps"],
+        "questions": QUESTIONS,
+        "rollouts": own.rollouts,
+        "k": own.eval.k,
+        "test_questions": own.eval.questions,
+        "rates": ", ".join(f"{rate:g}" for rate in RATES),
+        "split_of_paper": SPLIT_OF_PAPER,
+        "ablation_task": ABLATION_TASK,
+        "ablation_rate": f"{ABLATION_RATE:g}",
+        "target_kl": own.eta.target_kl,
+        "eta_smallest": own.eta.smallest,
+        "eta_largest": own.eta.largest,
+        "alpha": own.advantage.alpha,
+        "kappa": own.advantage.kappa,
+        **{f"paper_{name}": PAPER[f"advantage.{name}"] for name in ("eta", "alpha", "kappa")},
+    }
 
 
 def _headed(parts: Mapping[str, str]) -> str:
@@ -119,10 +142,13 @@ def main() -> None:
     tasks, methods, seeds = chosen.tasks or tasks, chosen.methods or methods, chosen.seeds or seeds
     if not chosen.only_write:
         compare_methods(results, tasks, methods, seeds, chosen.parallel)
-    for task in tasks:
+    known = [task for task in tasks if any(run.task == task for run in results)]
+    if not known or (chosen.tasks and known != chosen.tasks):
+        parser.error("there are no results of these tasks yet: leave --only-write out")
+    for task in known:
         write_charts(results, task)
     if chosen.small or chosen.tasks or chosen.methods or chosen.seeds:
-        for task in tasks:
+        for task in known:
             for table in (tables.methods, tables.exploration):
                 print(f"\n{task}\n\n{table(results, task, methods, seeds)}")
         return

@@ -11,8 +11,6 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-from policy_split_jax.report.runs import read_run
-
 MAIN = {
     "accuracy, normal": "accuracy/normal",
     "accuracy, HE": "accuracy/high_entropy",
@@ -21,8 +19,6 @@ MAIN = {
     "KL(HE‖N)": "kl/high_entropy_to_normal",
 }
 BEST = {"best of 8, normal": "best_of_k/normal", "best of 8, HE": "best_of_k/high_entropy"}
-FIGURES = MAIN | BEST
-"""What tables show of an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +39,16 @@ def ended(jobs: Sequence[Job], folder: Path, parallel: int) -> Iterator[Job]:
     free: Queue[int] = Queue()
     for core in sorted(os.sched_getaffinity(0))[:parallel]:
         free.put(core)
-    with ThreadPoolExecutor(parallel) as pool:
+    pool = ThreadPoolExecutor(parallel)
+    try:
         futures = {pool.submit(_run, job, folder, free): job for job in jobs}
         for number, future in enumerate(as_completed(futures), 1):
             future.result()
             print(f"{number} of {len(jobs)}: {futures[future].name}", file=sys.stderr, flush=True)
             yield futures[future]
+    finally:
+        # Whoever stops here, and a run that failed, should not have to wait for those that have not begun.
+        pool.shutdown(cancel_futures=True)
 
 
 def _run(job: Job, folder: Path, free: "Queue[int]") -> None:
@@ -76,11 +76,6 @@ def evaluate(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     command = [sys.executable, "-m", "policy_split_jax.cli", "eval", f"--checkpoint={folder}", f"--output={output}"]
     subprocess.run([*command, "--fresh", *chosen], stdout=subprocess.DEVNULL, check=True)
     return json.loads(output.read_text(encoding="utf-8"))
-
-
-def evaluations(folder: Path) -> Sequence[dict[str, Any]]:
-    """A run's evaluations, in their order."""
-    return read_run(folder, folder.name).evaluation
 
 
 def cores() -> int:

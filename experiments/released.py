@@ -10,9 +10,13 @@ import argparse
 from pathlib import Path
 from statistics import mean, stdev
 
-from jobs import FIGURES, Job, cores, ended, evaluations
+from jobs import BEST, MAIN, Job, cores, ended
+from tables import table
+
+from policy_split_jax.report.runs import read_run
 
 FOLDER = Path("runs/released")
+FIGURES = MAIN | BEST
 FOUR = {"train.updates_per_step": "4"}
 VARIANTS = {
     "paper": {},
@@ -61,10 +65,12 @@ def main() -> None:
     ]
     for _ in ended(jobs, FOLDER, chosen.parallel):
         pass
-    print(f"| {' | '.join(['', *FIGURES])} |\n|{'---|' * (len(FIGURES) + 1)}")
+    rows = [["", *FIGURES]]
     for title in VARIANTS:
-        ends = [evaluations(FOLDER / names[title, seed])[-1] for seed in chosen.seeds]
-        print(f"| {title} | {' | '.join(cell([end[key] for end in ends]) for key in FIGURES.values())} |")
+        folders = [FOLDER / names[title, seed] for seed in chosen.seeds]
+        ends = [read_run(folder, folder.name).evaluation[-1] for folder in folders]
+        rows.append([title, *(cell([end[key] for end in ends]) for key in FIGURES.values())])
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The tables of docs/results.md, from the results of runs: means over seeds, 95 % t-intervals, paired tests."""
 
 from collections.abc import Mapping, Sequence
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -62,52 +62,82 @@ def best_ends(results: Results, task: str, method: str, seeds: Sequence[int] | N
 
 
 def original(results: Results, task: str) -> Row:
-    """What every run of a task begins with."""
+    """What every run of a task begins with; tasks may share a model, but not their questions."""
     return next(result.evaluations[0] for run, result in results.items() if run.task == task)
 
 
-def p_value(test: Any) -> str:
-    return "< 0.001" if test.pvalue < 0.001 else f"{test.pvalue:.3f}"
+def shown(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
-def against(found: dict[int, Row], other: dict[int, Row], key: str) -> str:
-    """A paired t-test over the seeds of both."""
+def holm(values: Mapping[str, float]) -> dict[str, float]:
+    """p-values of several tests, so adjusted that the chance of one false finding among all is kept (Holm 1979)."""
+    names = sorted(values, key=lambda name: values[name])
+    adjusted, least = {}, 0.0
+    for at, name in enumerate(names):
+        least = max(least, min(1.0, (len(names) - at) * values[name]))
+        adjusted[name] = least
+    return adjusted
+
+
+def paired(found: dict[int, Row], other: dict[int, Row]) -> float | None:
+    """A paired t-test of the accuracy over the seeds of both; None where they have fewer than two."""
     both = sorted(found.keys() & other.keys())
     if found is other or len(both) < 2:
-        return ""
-    return p_value(stats.ttest_rel([found[seed][key] for seed in both], [other[seed][key] for seed in both]))
+        return None
+    values, others = ([rows[seed][ACCURACY] for seed in both] for rows in (found, other))
+    return _p(stats.ttest_rel(values, others))
+
+
+def _p(test: Any) -> float:
+    return float(test.pvalue)
+
+
+def column(values: Mapping[str, float | None]) -> dict[str, str]:
+    """A table's column of tests, adjusted for their number; empty where there is none."""
+    adjusted = holm({name: p for name, p in values.items() if p is not None})
+    return {name: shown(adjusted[name]).removeprefix("p = ").removeprefix("p ") if name in adjusted else ""
+            for name in values}  # fmt: skip
 
 
 def methods(results: Results, task: str, names: Sequence[str], seeds: Sequence[int] | None = None) -> str:
     """A row a method, the untrained model first."""
     start = original(results, task)
+    found = {name: rows for name in names if (rows := best_ends(results, task, name, seeds))}
+    accuracies = {name: [row[ACCURACY] for row in rows.values()] for name, rows in found.items()}
+    beyond = column(
+        {
+            name: _p(stats.ttest_1samp(values, start[ACCURACY])) if len(values) > 1 else None
+            for name, values in accuracies.items()
+        }
+    )
+    grpo = found.get("GRPO", {})
+    than_grpo = column({name: paired(rows, grpo) for name, rows in found.items()})
     rows = [["", "learning rate", "seeds", *MAIN, "p against original", "p against GRPO"]]
     rows.append(["original", "", "", *(f"{start[key]:.3f}" for key in MAIN.values()), "", ""])
-    grpo = best_ends(results, task, "GRPO", seeds)
-    for name in names:
-        found = grpo if name == "GRPO" else best_ends(results, task, name, seeds)
-        if found:
-            cells = [cell([row[key] for row in found.values()]) for key in MAIN.values()]
-            gains = [row[ACCURACY] for row in found.values()]
-            beyond = p_value(stats.ttest_1samp(gains, start[ACCURACY])) if len(gains) > 1 else ""
-            rate = f"{best_rate(results, task, name):g}"
-            rows.append([name, rate, str(len(found)), *cells, beyond, against(found, grpo, ACCURACY)])
+    for name, own in found.items():
+        cells = [cell([row[key] for row in own.values()]) for key in MAIN.values()]
+        rate = f"{best_rate(results, task, name):g}"
+        rows.append([name, rate, str(len(own)), *cells, beyond[name], than_grpo[name]])
     return table(rows)
 
 
 def winners(results: Results, task: str) -> str:
-    """Who is best, who second, and where Policy Split stands."""
+    """Who is best, who second, and where Policy Split stands; nothing before two methods have results."""
     found = {name: rows for name in METHODS if (rows := best_ends(results, task, name))}
     scores = {name: mean(row[ACCURACY] for row in rows.values()) for name, rows in found.items()}
+    if len(scores) < 2:
+        return ""
     order = sorted(scores, key=lambda name: -scores[name])
     best = order[0]
 
     def placed(name: str) -> str:
-        behind, p = 100 * (scores[best] - scores[name]), against(found[name], found[best], ACCURACY)
-        return f"{name} ({scores[name]:.3f}, {behind:.1f} points less, p {p if p.startswith('<') else f'= {p}'})"
+        p = paired(found[name], found[best])
+        text = f"{scores[name]:.3f}, {100 * (scores[best] - scores[name]):.1f} points less"
+        return f"{name} ({text})" if p is None else f"{name} ({text}, {shown(p)})"
 
     text = f"Most accurate in the normal mode: {best} ({scores[best]:.3f}); second: {placed(order[1])}."
-    if SPLIT in order[:2]:
+    if SPLIT in order[:2] or SPLIT not in order:
         return text
     return f"{text} Number {order.index(SPLIT) + 1} of {len(order)}: {placed(SPLIT)}."
 
@@ -136,25 +166,26 @@ def exploration(results: Results, task: str, names: Sequence[str], seeds: Sequen
 
 def ablations(results: Results) -> str:
     """A row a changed setting, all at the same learning rate."""
-    base = ends(results, ABLATION_TASK, SPLIT, ABLATION_RATE)
-    shown = MAIN | {"4 + 4 of both": "pass@8/both", "distinct right, both": "distinct_correct/both"}
-    rows = [["", "seeds", *shown, "p of the accuracy against Policy Split"]]
-    for name in (SPLIT, "GRPO", *ABLATIONS):
-        found = base if name == SPLIT else ends(results, ABLATION_TASK, name, ABLATION_RATE)
-        if found:
-            cells = [cell([row[key] for row in found.values()]) for key in shown.values()]
-            rows.append([name, str(len(found)), *cells, against(found, base, ACCURACY)])
+    names = (SPLIT, "GRPO", *ABLATIONS)
+    found = {name: rows for name in names if (rows := ends(results, ABLATION_TASK, name, ABLATION_RATE))}
+    shown_keys = MAIN | {"4 + 4 of both": "pass@8/both", "distinct right, both": "distinct_correct/both"}
+    rows = [["", "seeds", *shown_keys, "p of the accuracy against Policy Split"]]
+    base = found.get(SPLIT, {})
+    tests = column({name: paired(own, base) for name, own in found.items()})
+    for name, own in found.items():
+        cells = [cell([row[key] for row in own.values()]) for key in shown_keys.values()]
+        rows.append([name, str(len(own)), *cells, tests[name]])
     return table(rows)
 
 
 def costs(results: Results) -> str:
-    """Seconds and tokens of a step: medians of a run's steps, then means over runs; and their ratio to GRPO's."""
+    """Seconds and tokens of a step: medians of a run's steps, then over runs; and their ratio to GRPO's."""
     of = {name: [result.costs for run, result in results.items() if (run.task, run.variant) == (ABLATION_TASK, name)]
           for name in (SPLIT, "GRPO")}  # fmt: skip
-    means = {name: {key: mean(cost[key] for cost in found) for key in COSTS} for name, found in of.items()}
+    typical = {name: {key: median(cost[key] for cost in found) for key in COSTS} for name, found in of.items()}
     rows = [["", "runs", *(key.replace("time/", "s, ").replace("tokens/", "tokens, ") for key in COSTS)]]
-    rows += [[name, str(len(of[name])), *(f"{means[name][key]:.3g}" for key in COSTS)] for name in of]
-    rows.append(["ratio", "", *(f"{means[SPLIT][key] / means['GRPO'][key]:.2f}" for key in COSTS)])
+    rows += [[name, str(len(of[name])), *(f"{typical[name][key]:.3g}" for key in COSTS)] for name in of]
+    rows.append(["ratio", "", *(f"{typical[SPLIT][key] / typical['GRPO'][key]:.2f}" for key in COSTS)])
     return table(rows)
 
 

@@ -1,5 +1,6 @@
 """The experiments' tables from made-up results, and the settings of their runs."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
 import evidence  # noqa: E402
+import jobs  # noqa: E402
 import study  # noqa: E402
 import tables  # noqa: E402
 from study import Result, Run  # noqa: E402
@@ -53,9 +55,40 @@ def test_methods_are_compared_by_seed():
     assert lines[2].startswith("| original |  |  | 0.400 |")
     split = [text.strip() for text in lines[3].split("|")]
     assert split[1:5] == ["Policy Split", "0.0004", "3", "0.550 ± 0.124"]
-    # Differences -0.02, -0.01, -0.02: t = -5 with two degrees of freedom. Against 0.4: t = 0.15 sqrt(3) / 0.05 = 5.196.
-    assert split[-3:-1] == ["0.035", "0.038"]
-    assert lines[4].endswith("|  |")
+    # Differences -0.02, -0.01, -0.02: t = -5 with two degrees of freedom, p = 0.038. Against 0.4: Policy Split's
+    # t = 0.15 sqrt(3) / 0.05 = 5.196, p = 0.035, and GRPO's t = 0.1667 sqrt(3) / 0.0503 = 5.735, p = 0.0291; of two
+    # tests the smaller p is doubled, and the other is not less.
+    assert split[-3:-1] == ["0.058", "0.038"]
+    assert lines[4].endswith("| 0.058 |  |")
+
+
+def test_several_tests_are_adjusted_by_holm():
+    """By hand: 3 x 0.01, then 2 x 0.04, then no less than that."""
+    assert tables.holm({"a": 0.04, "b": 0.01, "c": 0.05}) == pytest.approx({"a": 0.08, "b": 0.03, "c": 0.08})
+    assert tables.holm({"a": 0.7, "b": 0.9}) == {"a": 1.0, "b": 1.0}
+
+
+def test_tables_are_made_of_whatever_results_there_are(capsys):
+    """Tuning runs alone; then one method; then two of which one has one seed."""
+    tuned = results_of({"Policy Split": [], "GRPO": []})
+    assert tables.winners(tuned, TASK) == tables.winners(results_of({"GRPO": [0.5, 0.6]}), TASK) == ""
+    assert len(tables.methods(tuned, TASK, list(study.METHODS)).splitlines()) == 3
+    text = tables.winners(results_of({"Policy Split": [0.5], "GRPO": [0.7, 0.8]}), TASK)
+    assert text.endswith("second: Policy Split (0.500, 25.0 points less).")
+    assert evidence.page(tuned)
+
+
+def test_a_failed_run_ends_the_others_that_wait(tmp_path, monkeypatch):
+    begun = []
+
+    def run(job, folder, free):
+        begun.append(job.name)
+        raise subprocess.CalledProcessError(2, ["train"])
+
+    monkeypatch.setattr(jobs, "_run", run)
+    with pytest.raises(subprocess.CalledProcessError):
+        list(jobs.ended([jobs.Job(str(at), "x", {}) for at in range(500)], tmp_path, 1))
+    assert len(begun) < 500
 
 
 def test_the_best_and_the_second_are_named():
@@ -93,8 +126,10 @@ def test_the_page_has_every_table():
     text = evidence.page(results_of(accuracies))
     assert "$" not in text
     assert "| η = 1, constant | 2 | 0.250 ±" in text
-    # Costs are 2 plus the accuracy, tuning runs included: (2.5 + 2.6 + 2.1 + 2.1 + 2.9) / 5 to 12.65 / 5.
-    assert "| ratio |  | 0.96 |" in text
+    # Costs are 2 plus the accuracy, tuning runs included: the middle of 2.1, 2.1, 2.5, 2.6, 2.9 is 2.5, GRPO's 2.7.
+    assert "| ratio |  | 0.93 |" in text
+    # 0.5 and 0.6 against 0.7 and 0.85.
+    assert "p = 0.070" in text
 
 
 def test_prompts_are_told_apart():

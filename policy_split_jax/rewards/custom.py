@@ -18,6 +18,8 @@ from typing import Any
 from policy_split_jax.errors import UserError
 
 MAX_MESSAGE = 300
+MAX_SCORE = 1e9
+"""Advantages square scores and add them up in float32."""
 ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 
 
@@ -46,7 +48,7 @@ def checked_score(result: object) -> float:
     """The number in what a reward function returned.
 
     Raises:
-        ValueError: it is not a finite number, nor a dict with one under "score".
+        ValueError: it is no number of at most `MAX_SCORE`, nor a dict with one under "score".
     """
     if isinstance(result, dict):
         if "score" not in result:
@@ -58,8 +60,8 @@ def checked_score(result: object) -> float:
         score = float(result)
     except OverflowError:
         score = math.inf
-    if not math.isfinite(score):
-        raise ValueError(f"returned {score}, not a finite number")
+    if not abs(score) <= MAX_SCORE:
+        raise ValueError(f"returned {score}, not a number between {-MAX_SCORE:g} and {MAX_SCORE:g}")
     return score
 
 
@@ -76,7 +78,9 @@ def describe(error: BaseException, source: str = "") -> str:
     own = [place for place in frames if place[0] == source] or frames
     where = f" ({own[-1][0]}:{own[-1][1]})" if own else ""
     message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return " ".join(message.split())[:MAX_MESSAGE] + where
+    # A message may quote what no file can hold, such as half of a surrogate pair.
+    readable = message.encode(errors="backslashreplace").decode()
+    return " ".join(readable.split())[:MAX_MESSAGE] + where
 
 
 def _module(reward: str, place: str) -> ModuleType:

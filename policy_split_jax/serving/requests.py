@@ -10,7 +10,7 @@ from policy_split_jax.serving.errors import ApiError
 
 HIGH_ENTROPY_SUFFIX = ":high-entropy"
 _SMALLEST_TEMPERATURE = 1e-6
-_Stop = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)]
+_Stop = Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=4)]
 
 
 def _representable(temperature: float) -> float:

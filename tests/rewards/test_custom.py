@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from policy_split_jax.errors import UserError
-from policy_split_jax.rewards.custom import checked_score, load, place
+from policy_split_jax.rewards.custom import checked_score, describe, load, place
 
 GOOD = "def compute_score(data_source, solution_str, ground_truth, extra_info):\n    return 0.5\n"
 
@@ -79,6 +79,7 @@ def test_a_bad_import_path_says_why(reward: str, message: str):
         (1, 1.0),
         (0.25, 0.25),
         (-2.0, -2.0),
+        (1e9, 1e9),
         (True, 1.0),
         ({"score": 0.5, "note": "x"}, 0.5),
         (np.float32(0.5), 0.5),
@@ -94,6 +95,7 @@ def test_numbers_are_scores(result: object, score: float):
         (math.nan, "nan"),
         (math.inf, "inf"),
         (10**400, "inf"),
+        (-2e9, "returned -2000000000.0, not a number between -1e.09 and 1e.09"),
         (None, "NoneType"),
         ("1.0", "str"),
         ([1.0], "list"),
@@ -105,3 +107,8 @@ def test_numbers_are_scores(result: object, score: float):
 def test_other_results_are_errors(result: object, message: str):
     with pytest.raises(ValueError, match=message):
         checked_score(result)
+
+
+def test_an_error_can_be_written_whatever_it_quotes():
+    """Half of a surrogate pair, as json.loads makes one of a model's text."""
+    assert describe(ValueError("unit \ud83d\n and é")) == r"ValueError: unit \ud83d and é"

@@ -203,6 +203,7 @@ def test_64_requests_at_once_in_both_modes(client, model):
      ({"extra_body": {"top_k": 2**31}}, openai.BadRequestError, "top_k: "),
      ({"seed": -1}, openai.BadRequestError, "seed: "),
      ({"stop": [""]}, openai.BadRequestError, "stop.0: "),
+     ({"stop": ["x" * 257]}, openai.BadRequestError, "stop.0: "),
      ({"frequency_penalty": 0.5}, openai.BadRequestError, "frequency_penalty: "),
      ({"logprobs": True, "top_logprobs": 5}, openai.BadRequestError, "top_logprobs: "),
      ({"tools": []}, openai.BadRequestError, "tools: "),

@@ -73,7 +73,7 @@ def parse_named(text: str) -> Named:
 
 
 def read_groups(named: Sequence[Named]) -> list[RunGroup]:
-    """Reads every run; those of the same folder name are told apart by their parents' names.
+    """Reads every run; those of one folder name are told apart by more of their paths, the same folder by a number.
 
     Raises:
       UserError: no run at all, a folder has no metrics.jsonl, or a file holds a malformed line.
@@ -126,7 +126,10 @@ def band_words(seeds: int) -> str:
 
 def _names(folders: Sequence[Path]) -> list[str]:
     paths = [folder.resolve() for folder in folders]
-    names = [path.name for path in paths]
-    return [
-        f"{path.parent.name}/{name}" if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)
-    ]
+    return told_apart([_tail(path, [other for other in paths if other != path]) for path in paths])
+
+
+def _tail(path: Path, others: Sequence[Path]) -> str:
+    """The end of a path, of as many parts as tell it from the others."""
+    tails = (path.parts[-count:] for count in range(1, len(path.parts) + 1))
+    return str(Path(*next(tail for tail in tails if all(other.parts[-len(tail) :] != tail for other in others))))

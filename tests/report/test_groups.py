@@ -41,6 +41,12 @@ def test_runs_of_one_name_are_told_apart_by_their_parents(make_run):
     assert [[seed.name for seed in group.seeds] for group in groups] == [["a/run"], ["b/run", "c"]]
 
 
+def test_names_have_as_many_parts_as_tell_them_apart(make_run):
+    runs = [make_run(name) for name in ("a/runs/s0", "b/runs/s0", "b/runs/s1", "b/other/s1", "s2")]
+    [group] = read_groups([Named("mine", (*runs, runs[-1]))])
+    assert [seed.name for seed in group.seeds] == ["a/runs/s0", "b/runs/s0", "runs/s1", "other/s1", "s2", "s2 (2)"]
+
+
 def test_a_label_that_is_there_twice_is_numbered(make_run):
     run = make_run("a")
     assert [group.label for group in read_groups([Named("x", (run,)), Named("x", (run,))])] == ["x", "x (2)"]

@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from policy_split_jax.parity import curves
+from policy_split_jax.report import samples as samples_of_page
 from policy_split_jax.report.groups import parse_named
 from policy_split_jax.report.page import write_report
 from policy_split_jax.report.watch import Watcher, watch
@@ -234,6 +235,15 @@ def test_older_samples_are_shown_without_shading(rollouts, browser):
     assert browser.run("document.querySelector('.side.normal .text').textContent") == "two €<b>"
     assert browser.run("document.querySelectorAll('.token').length") == 0
     assert browser.run("document.getElementById('rollout-legend').textContent").startswith("No figures by token")
+
+
+def test_what_the_page_has_no_room_for_is_counted(rollouts, browser, monkeypatch):
+    monkeypatch.setattr(samples_of_page, "CHARACTERS_OF_PAGE", 700)
+    browser.open(report(rollouts))
+    assert browser.console == []
+    words = [browser.run(f"document.getElementById('rollout-{name}').textContent") for name in ("place", "left-out")]
+    assert words == ["no question is short enough to be shown", " samples.jsonl has 3 more questions."]
+    assert browser.run("document.getElementById('rollout-legend').textContent") == ""
 
 
 def test_a_run_can_be_taken_out_of_the_charts(run, browser):

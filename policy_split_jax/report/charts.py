@@ -220,13 +220,15 @@ def pass_at_k_chart(groups: Sequence[RunGroup]) -> Chart | None:
     data: list[dict[str, Any]] = []
     words: list[str] = []
     for index, group in enumerate(groups):
-        evaluated = [seed.evaluation for seed in group.seeds if seed.evaluation]
-        if len(groups) == 1 and all(len(rows) > 1 for rows in evaluated):
-            first = [trace for line in lines for trace in _pass_traces(line, evaluated, 0, 0, line.label, "dot")]
+        evaluations = group.evaluations
+        if not evaluations:
+            continue
+        if len(groups) == 1 and len(evaluations) > 1:
+            first = [trace for line in lines for trace in _pass_traces(line, evaluations[0], 0, line.label, "dot")]
             data += [trace | {"opacity": 0.55, "showlegend": False} for trace in first]
         for line in lines:
             name = _label(line.label, group, groups)
-            traces = _pass_traces(line, evaluated, -1, index, name, DASHES[index % len(DASHES)])
+            traces = _pass_traces(line, evaluations[-1], index, name, DASHES[index % len(DASHES)])
             data += traces
             words += [_in_words(traces[-1]["name"], traces)] if traces else []
     if not data:
@@ -344,12 +346,9 @@ def _legend(data: list[dict[str, Any]], lines: Sequence[Line], groups: int) -> i
     return len(entries)
 
 
-def _pass_traces(
-    line: Line, evaluated: Sequence[Sequence[Row]], at: int, index: int, name: str, dash: str
-) -> list[dict[str, Any]]:
-    """pass@k of the first (`at` 0) or last (−1) evaluations of a group's seeds."""
-    rows = [seed[at] for seed in evaluated]
-    found = average_of_seeds([_pass_by_k(row, line.key.removeprefix("pass/")) for row in rows]) if rows else None
+def _pass_traces(line: Line, rows: Sequence[Row], index: int, name: str, dash: str) -> list[dict[str, Any]]:
+    """pass@k of one evaluation, a row a seed."""
+    found = average_of_seeds([_pass_by_k(row, line.key.removeprefix("pass/")) for row in rows])
     if found is None:
         return []
     trace = {

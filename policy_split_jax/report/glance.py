@@ -16,7 +16,7 @@ from policy_split_jax.report.charts import (
     error_bars,
     rounded,
 )
-from policy_split_jax.report.groups import RunGroup, average_of_seeds
+from policy_split_jax.report.groups import RunGroup, average_of_rows
 from policy_split_jax.report.runs import Row, number
 
 PARTED = 0.1
@@ -30,6 +30,7 @@ NAMES = ("normal", "high entropy")
 class Moment:
     """An evaluation, as a mean over seeds; the pairs are by mode."""
 
+    step: int
     entropy: tuple[float, float]
     """Nats a token."""
     accuracy: tuple[float, float]
@@ -39,25 +40,21 @@ class Moment:
 
 @dataclass(frozen=True)
 class Split:
-    """The first and last evaluation of a run, or of several seeds of one."""
+    """The first and last evaluation of a run, or those that several seeds of one have all made."""
 
     start: Moment
     end: Moment
     evaluations: int
-    """Of the seed with the fewest."""
     finished: bool
 
 
 def split_of(group: RunGroup) -> Split | None:
-    """None where a seed has no evaluation that measured both modes."""
-    measured = [[row for row in seed.evaluation if _moment([row])] for seed in group.seeds]
-    if not all(measured):
-        return None
-    start, end = (_moment([rows[at] for rows in measured]) for at in (0, -1))
-    if start is None or end is None:
+    """None without a step at which every seed was evaluated in both modes."""
+    moments = [moment for rows in group.evaluations if (moment := _moment(rows))]
+    if not moments:
         return None
     finished = all(seed.summary is not None for seed in group.seeds)
-    return Split(start, end, min(map(len, measured)), finished)
+    return Split(moments[0], moments[-1], len(moments), finished)
 
 
 def verdict(split: Split) -> str:
@@ -101,13 +98,13 @@ def glance_chart(groups: Sequence[RunGroup]) -> Chart | None:
 
 
 def _moment(rows: Sequence[Row]) -> Moment | None:
-    """The mean over rows; None where one lacks a value."""
+    """The mean over a step's rows, one a seed; None where one lacks a value."""
     keys = [f"{prefix}/{mode}" for prefix in ("entropy", "accuracy") for mode in MODE_NAMES]
     values = [[number(row, key) for row in rows] for key in (*keys, KL)]
     means = [sum(value for value in each if value is not None) / len(rows) for each in values]
     if any(value is None for each in values for value in each):
         return None
-    return Moment((means[0], means[1]), (means[2], means[3]), means[4])
+    return Moment(rows[0]["step"], (means[0], means[1]), (means[2], means[3]), means[4])
 
 
 def _nats(value: float) -> str:
@@ -150,24 +147,21 @@ def _mode_traces(group: RunGroup, index: int, split: Split, mode: int, name: str
     if split.evaluations > 1:
         ring = {"color": colour, "size": 11, "symbol": f"{SYMBOLS[index % len(SYMBOLS)]}-open", "line": {"width": 2}}
         start = {"x": rounded([split.start.entropy[mode]]), "y": rounded([split.start.accuracy[mode]])}
-        hover = {"hovertemplate": f"{name}, start<br>{where}<extra></extra>", "mode": "markers"}
-        traces.append(common | start | hover | {"marker": ring})
+        hover = {"hovertemplate": f"{name}, start (step {split.start.step:,})<br>{where}<extra></extra>"}
+        traces.append(common | start | hover | {"marker": ring, "mode": "markers"})
     end = {"x": rounded([split.end.entropy[mode]]), "y": rounded([split.end.accuracy[mode]]), "mode": "markers"}
     marker = {"color": colour, "size": 14, "symbol": SYMBOLS[index % len(SYMBOLS)]}
-    hover = {"hovertemplate": f"{name}, end<br>{where}<extra></extra>"}
-    return [*traces, common | end | hover | {"marker": marker} | _bars(group, mode)]
+    hover = {"hovertemplate": f"{name}, end (step {split.end.step:,})<br>{where}<extra></extra>"}
+    return [*traces, common | end | hover | {"marker": marker} | _bars(group, split.end.step, mode)]
 
 
-def _bars(group: RunGroup, mode: int) -> dict[str, Any]:
-    """The band of the last evaluations in both directions, where there are several seeds."""
+def _bars(group: RunGroup, step: int, mode: int) -> dict[str, Any]:
+    """The band of an evaluation in both directions, where there are several seeds."""
     if len(group.seeds) == 1:
         return {}
-    bars = {}
-    for axis, key in (("error_x", "entropy"), ("error_y", "accuracy")):
-        last = [number(seed.evaluation[-1], f"{key}/{MODE_NAMES[mode]}") for seed in group.seeds]
-        found = average_of_seeds([{0: value} for value in last if value is not None])
-        bars[axis] = error_bars(found) if found else {"visible": False}
-    return bars
+    rows = next(rows for rows in group.evaluations if rows[0]["step"] == step)
+    axes = {"error_x": f"entropy/{MODE_NAMES[mode]}", "error_y": f"accuracy/{MODE_NAMES[mode]}"}
+    return {axis: error_bars(found) for axis, key in axes.items() if (found := average_of_rows(rows, key))}
 
 
 def _arrow(split: Split, mode: int) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -51,6 +51,12 @@ class RunGroup:
         words = band_words(len(self.seeds))
         return f"{self.label} ({words})" if words else self.label
 
+    @property
+    def evaluations(self) -> list[tuple[Row, ...]]:
+        """The evaluations at the steps that all seeds have, in order: one row a seed."""
+        seeds = [{row["step"]: row for row in seed.evaluation} for seed in self.seeds]
+        return [tuple(seed[step] for seed in seeds) for step in common_steps(seeds)]
+
     def average(self, rows: Selection, key: str, change: Callable[[list[float]], list[float]] = list) -> Average | None:
         """Of a key of metrics.jsonl; `change` is applied to each seed's values first."""
         seeds = [series(rows(seed), key) for seed in self.seeds]
@@ -73,7 +79,7 @@ def parse_named(text: str) -> Named:
 
 
 def read_groups(named: Sequence[Named]) -> list[RunGroup]:
-    """Reads every run; those of the same folder name are told apart by their parents' names.
+    """Reads every run; those of one folder name are told apart by more of their paths, the same folder by a number.
 
     Raises:
       UserError: no run at all, a folder has no metrics.jsonl, or a file holds a malformed line.
@@ -93,12 +99,22 @@ def told_apart(labels: Sequence[str]) -> list[str]:
     return [f"{label} ({count})" if count > 1 else label for label, count in zip(labels, counts, strict=True)]
 
 
+def common_steps(seeds: Sequence[Mapping[int, Any]]) -> list[int]:
+    """The steps that all seeds have, in order."""
+    return sorted(set(seeds[0]).intersection(*seeds[1:]))
+
+
+def average_of_rows(rows: Sequence[Row], key: str) -> Average | None:
+    """Of a step's rows, one a seed; None where a seed lacks the value."""
+    return average_of_seeds([dict(zip(*series([row], key), strict=True)) for row in rows])
+
+
 def average_of_seeds(seeds: Sequence[Mapping[int, float]]) -> Average | None:
     """Mean and band of values by step; None where the seeds have no step in common.
 
     The band spans the seeds, or from four seeds on is the 95 % t-interval of the mean.
     """
-    steps = sorted(set(seeds[0]).intersection(*seeds[1:]))
+    steps = common_steps(seeds)
     if not steps:
         return None
     values = np.array([[seed[step] for step in steps] for seed in seeds])
@@ -126,7 +142,10 @@ def band_words(seeds: int) -> str:
 
 def _names(folders: Sequence[Path]) -> list[str]:
     paths = [folder.resolve() for folder in folders]
-    names = [path.name for path in paths]
-    return [
-        f"{path.parent.name}/{name}" if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)
-    ]
+    return told_apart([_tail(path, [other for other in paths if other != path]) for path in paths])
+
+
+def _tail(path: Path, others: Sequence[Path]) -> str:
+    """The end of a path, of as many parts as tell it from the others."""
+    tails = (path.parts[-count:] for count in range(1, len(path.parts) + 1))
+    return str(Path(*next(tail for tail in tails if all(other.parts[-len(tail) :] != tail for other in others))))

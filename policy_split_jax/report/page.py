@@ -9,8 +9,8 @@ from pathlib import Path
 from policy_split_jax.modes import MODE_NAMES
 from policy_split_jax.report.charts import DASHES, SYMBOLS, build_charts
 from policy_split_jax.report.frame import chart_card, charts_section, frame, resource, write_page
-from policy_split_jax.report.glance import glance_chart, split_of, verdict
-from policy_split_jax.report.groups import Named, RunGroup, average_of_seeds, band_words, read_groups
+from policy_split_jax.report.glance import Split, glance_chart, split_of, verdict
+from policy_split_jax.report.groups import Named, RunGroup, average_of_rows, band_words, read_groups
 from policy_split_jax.report.runs import Row, number
 from policy_split_jax.report.samples import rollout_data
 
@@ -152,8 +152,9 @@ def _reading(groups: Sequence[RunGroup]) -> str:
     words = ["Thin lines are single steps, bold lines their moving average, markers are evaluations."]
     if several := sorted({band_words(len(group.seeds)) for group in groups if len(group.seeds) > 1}):
         words.append(
-            "Of several seeds lines are the mean, bands and bars around it the range of the seeds (min–max) or, from "
-            f"four seeds on, the 95 % t-interval of the mean (here: {'; '.join(several)}); ± is half of its width."
+            "Of several seeds lines and figures are means at steps that all of them have, bands and bars around them "
+            "the range of the seeds (min–max) or, from four seeds on, the 95 % t-interval of the mean "
+            f"(here: {'; '.join(several)}); ± is half of its width."
         )
     if len(groups) > 1:
         words.append("Runs differ by dash and marker; a run's button takes it out of the charts.")
@@ -163,19 +164,30 @@ def _reading(groups: Sequence[RunGroup]) -> str:
 def _verdicts(groups: Sequence[RunGroup]) -> str:
     splits = [(group, split_of(group)) for group in groups]
     if not any(split for _, split in splits):
-        return '<p class="verdict muted">No evaluation has been recorded yet.</p>'
+        return f'<p class="verdict muted">{_no_evaluation(groups)}</p>'
     several = len(groups) > 1
     lines = []
     for group, split in splits:
         name = f"<b>{html.escape(group.label)}</b>: " if several else ""
-        seeds = f' <small class="muted">(means of {len(group.seeds)} seeds)</small>' if len(group.seeds) > 1 else ""
-        lines.append(f"{name}{html.escape(verdict(split)) if split else 'No evaluation yet.'}{seeds}")
+        lines.append(f"{name}{_split_in_words(group, split) if split else _no_evaluation([group])}")
     return "".join(f'<p class="verdict{" several" * several}">{line}</p>' for line in lines)
 
 
+def _split_in_words(group: RunGroup, split: Split) -> str:
+    seeds = len(group.seeds)
+    means = f' <small class="muted">(means of {seeds} seeds at step {split.end.step:,})</small>' if seeds > 1 else ""
+    return html.escape(verdict(split)) + means
+
+
+def _no_evaluation(groups: Sequence[RunGroup]) -> str:
+    if any(run.evaluation for group in groups for run in group.seeds):
+        return "There is no step yet at which every seed was evaluated in both modes."
+    return "No evaluation has been recorded yet."
+
+
 def _headline(groups: Sequence[RunGroup]) -> str:
-    if not any(run.evaluation for group in groups for run in group.seeds):
-        return '<p class="card muted">No evaluation has been recorded yet.</p>'
+    if not any(group.evaluations for group in groups):
+        return f'<p class="card muted">{_no_evaluation(groups)}</p>'
     rows = [_headline_row(line, group, len(groups), i) for line in HEADLINES for i, group in enumerate(groups)]
     run_column = '<th scope="col" class="run-name">run</th>' if len(groups) > 1 else ""
     sides = "".join(
@@ -189,18 +201,22 @@ def _headline(groups: Sequence[RunGroup]) -> str:
 
 
 def _span(groups: Sequence[RunGroup]) -> str:
-    runs = [run for group in groups for run in group.seeds]
-    if len(runs) > 1:
+    if len(groups) > 1:
         return "first → last evaluation"
-    first, last = runs[0].evaluation[0], runs[0].evaluation[-1]
-    k = number(last, "k")
+    k = number(groups[0].evaluations[-1][0], "k")
     samples = f", k = {k:g}" if k is not None else ""
-    return f"evaluation at step {first['step']:,} → {last['step']:,}{samples}"
+    return f"evaluation at {_steps(groups[0])}{samples}"
+
+
+def _steps(group: RunGroup) -> str:
+    """Of the first and last evaluation; empty where the seeds have none in common."""
+    steps = [rows[0]["step"] for rows in group.evaluations]
+    return f"step {steps[0]:,} → {steps[-1]:,}" if steps else ""
 
 
 def _headline_row(line: Headline, group: RunGroup, groups: int, index: int) -> str:
     heading = f'<th scope="rowgroup" rowspan="{groups}">{line.title}<small>{line.note}</small></th>'
-    name = f'<td class="run">{html.escape(group.label)}</td>' if groups > 1 else ""
+    name = f'<td class="run">{html.escape(group.label)}<small>{_steps(group)}</small></td>' if groups > 1 else ""
     cells = "".join(
         f'<td data-side="{label}">{_change(group, line.keys.get(side), line.percent)}</td>'
         for side, label in SIDES.items()
@@ -212,11 +228,11 @@ def _headline_row(line: Headline, group: RunGroup, groups: int, index: int) -> s
 def _change(group: RunGroup, key: str | None, percent: bool) -> str:
     if key is None:
         return ""
-    evaluated = [run.evaluation for run in group.seeds if run.evaluation]
-    first, last = (_figure([rows[at] for rows in evaluated], key) for at in (0, -1))
+    figures = [_figure(rows, key) for rows in group.evaluations]
+    first, last = (figures[0], figures[-1]) if figures else (None, None)
     if first is None and last is None:
         return '<span class="muted">—</span>'
-    if all(len(rows) == 1 for rows in evaluated):
+    if len(figures) == 1:
         return f"<b>{_value(last, percent)}</b>"
     if first is None or last is None:
         return f"{_value(first, percent)} → <b>{_value(last, percent)}</b>"
@@ -226,9 +242,8 @@ def _change(group: RunGroup, key: str | None, percent: bool) -> str:
 
 
 def _figure(rows: Sequence[Row], key: str) -> Figure | None:
-    """Of one row a seed; None where no row has the value."""
-    values = [value for row in rows if (value := number(row, key)) is not None]
-    found = average_of_seeds([{0: value} for value in values]) if values else None
+    """Of a step's rows, one a seed; None where a seed lacks the value."""
+    found = average_of_rows(rows, key)
     if found is None:
         return None
     return Figure(float(found.mean[0]), float(found.high[0] - found.low[0]) / 2 if len(rows) > 1 else None)

@@ -97,9 +97,11 @@
     return column;
   };
 
-  const legend = (scored) => {
+  const legend = (questions) => {
     const place = at("rollout-legend");
     place.replaceChildren();
+    if (!questions.length) return;
+    const scored = questions.some(({ sides }) => sides.some(({ answers }) => answers.some(({ tokens }) => tokens)));
     if (!scored) place.append("No figures by token here: evaluations have them.");
     else if (shade === "none") place.append("Point at a token, or tap it, for its figures.");
     else {
@@ -113,13 +115,14 @@
     const questions = chosen();
     question = Math.min(Math.max(question, 0), Math.max(0, questions.length - 1));
     const found = questions[question];
+    const none = step().questions.length ? "no such question" : "no question is short enough to be shown";
     at("rollouts").dataset.shade = shade;
-    at("rollout-place").textContent = found ? `question ${question + 1} of ${questions.length}` : "no such question";
+    at("rollout-place").textContent = found ? `question ${question + 1} of ${questions.length}` : none;
     at("rollout-previous").disabled = question === 0;
     at("rollout-next").disabled = question >= questions.length - 1;
     at("rollout-question").textContent = found ? found.text : "";
     at("rollout-sides").replaceChildren(...(found ? found.sides.map((side, index) => column(side, MODES[index])) : []));
-    legend(step().questions.some(({ sides }) => sides.some(({ answers }) => answers.some(({ tokens }) => tokens))));
+    legend(step().questions);
     const more = [];
     if (step().left_out) more.push(`${step().left_out.toLocaleString("en")} more questions`);
     if (run().left_out) more.push(`${run().left_out.toLocaleString("en")} more evaluations`);

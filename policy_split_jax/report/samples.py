@@ -1,13 +1,14 @@
 """The rollouts that the page lets one read, as the plain values that its script shows."""
 
-import json
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from policy_split_jax.evaluation.evaluate import CORRECT
 from policy_split_jax.modes import MODE_NAMES
+from policy_split_jax.report.frame import embedded_json
 from policy_split_jax.report.groups import RunGroup
 from policy_split_jax.report.runs import Row, Run, number, spread
 
@@ -15,38 +16,65 @@ QUESTIONS_SHOWN = 12
 ANSWERS_SHOWN = 8
 CHARACTERS_SHOWN = 6000
 CHARACTERS_OF_PAGE = 4_000_000
-"""What the rollouts of all runs may take of the page: evaluations between the first and the last give way."""
+"""What the rollouts of all runs may take of the page; each has an equal share."""
 
 KINDS = {"train": "training", "eval": "evaluation"}
-Step = dict[str, Any]
+Place = tuple[int, str]
+"""A step and its kind."""
+
+
+class Most(NamedTuple):
+    """How much of a run is shown."""
+
+    evaluations: int
+    questions: int
+    """Of a step."""
+    answers: int
+    """Of a mode to a question."""
 
 
 def rollout_data(groups: Sequence[RunGroup]) -> dict[str, Any]:
     """`runs`, each with its sampled steps, and `scale`, where the shading of tokens ends (nats)."""
     runs = [run for group in groups for run in group.seeds if run.samples]
-    shown = [_run(run, CHARACTERS_OF_PAGE // len(runs)) for run in runs]
-    return {"runs": shown, "scale": {measure: _scale(shown, measure) for measure in ("entropy", "kl")}}
+    return _data([_run(run, CHARACTERS_OF_PAGE // len(runs)) for run in runs])
 
 
-def _run(run: Run, most: int) -> dict[str, Any]:
-    rows: dict[tuple[int, str], list[Row]] = {}
+def _data(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {"runs": runs, "scale": {measure: _scale(runs, measure) for measure in ("entropy", "kl")}}
+
+
+def _run(run: Run, characters: int) -> dict[str, Any]:
+    """As much of a run as fits into so many characters of the page."""
+    rows: dict[Place, list[Row]] = {}
     for row in run.samples:
         rows.setdefault((row["step"], row["kind"]), []).append(row)
-    steps = {place: _step(*place, rows[place]) for place in sorted(rows)}
-    sizes = {place: len(json.dumps(step)) for place, step in steps.items()}
-    evaluations = [place for place in steps if place[1] == "eval"]
-    rest = [place for place in steps if place[1] != "eval"]
-    for count in range(len(evaluations), 1, -1):
-        if sum(sizes[place] for place in (*rest, *spread(evaluations, count))) <= most:
-            break
-    else:
-        count = 2
-    kept = sorted((*rest, *spread(evaluations, count)))
-    left_out = len(run.evaluation) - min(count, len(evaluations))
-    return {"name": run.name, "steps": [steps[place] for place in kept], "left_out": max(0, left_out)}
+    ladder = _ladder(sum(kind == "eval" for _, kind in rows))
+
+    def fits(most: Most) -> bool:
+        return len(embedded_json(_data([_shown(run, rows, most)]))) <= characters
+
+    return _shown(run, rows, ladder[bisect_left(ladder, True, hi=len(ladder) - 1, key=fits)])
 
 
-def _step(step: int, kind: str, rows: Sequence[Row]) -> Step:
+def _ladder(evaluations: int) -> list[Most]:
+    """From all that may be shown to the names of steps alone: evaluations give way first, questions next."""
+    return [
+        *(Most(count, QUESTIONS_SHOWN, ANSWERS_SHOWN) for count in range(evaluations, 2, -1)),
+        *(Most(2, count, ANSWERS_SHOWN) for count in range(QUESTIONS_SHOWN, 1, -1)),
+        *(Most(2, 1, count) for count in range(ANSWERS_SHOWN, 0, -1)),
+        Most(2, 0, 0),
+    ]
+
+
+def _shown(run: Run, rows: Mapping[Place, Sequence[Row]], most: Most) -> dict[str, Any]:
+    evaluations = sorted(place for place in rows if place[1] == "eval")
+    kept = spread(evaluations, most.evaluations)
+    places = sorted(place for place in rows if place in kept or place not in evaluations)
+    steps = [_step(*place, rows[place], most) for place in places]
+    return {"name": run.name, "steps": steps, "left_out": max(0, len(run.evaluation) - len(kept))}
+
+
+def _step(step: int, kind: str, rows: Sequence[Row], most: Most) -> dict[str, Any]:
     questions: dict[str, dict[str, dict[str, Row]]] = {}
     for row in rows:
         if row.get("mode") in MODE_NAMES:
@@ -54,22 +82,22 @@ def _step(step: int, kind: str, rows: Sequence[Row]) -> Step:
             side = sides[row["mode"]]
             # A resumed run writes the samples after its checkpoint again; the later one counts.
             side[str(row.get("index", f"unnumbered {len(side)}"))] = row
-    shown = list(questions.items())[:QUESTIONS_SHOWN]
+    shown = list(questions.items())[: most.questions]
     return {
         "label": f"step {step:,} · {KINDS.get(kind, kind)}",
         "evaluation": kind == "eval",
-        "questions": [_question(text, sides) for text, sides in shown],
+        "questions": [_question(text, sides, most.answers) for text, sides in shown],
         "left_out": len(questions) - len(shown),
     }
 
 
-def _question(text: str, sides: Mapping[str, Mapping[str, Row]]) -> dict[str, Any]:
+def _question(text: str, sides: Mapping[str, Mapping[str, Row]], most: int) -> dict[str, Any]:
     return {
         "text": shortened(text),
         "sides": [
             {
-                "answers": [_answer(row) for row in list(sides[mode].values())[:ANSWERS_SHOWN]],
-                "left_out": max(0, len(sides[mode]) - ANSWERS_SHOWN),
+                "answers": [_answer(row) for row in list(sides[mode].values())[:most]],
+                "left_out": max(0, len(sides[mode]) - most),
                 # Of all answers, those that are left out too.
                 "right": any((number(row, "reward") or 0.0) > CORRECT for row in sides[mode].values()),
             }

@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from policy_split_jax.parity import curves
+from policy_split_jax.report import samples as samples_of_page
 from policy_split_jax.report.groups import parse_named
 from policy_split_jax.report.page import write_report
 from policy_split_jax.report.watch import Watcher, watch
@@ -61,6 +62,13 @@ def report(*runs):
 @pytest.fixture
 def run(tmp_path):
     return write(write(tmp_path / "run", "metrics.jsonl", metrics(20)), "samples.jsonl", [*samples(0), *samples(20)])
+
+
+@pytest.fixture
+def rollouts(tmp_path):
+    """A run whose page opens at once, for want of charts: its evaluations have samples and no figures."""
+    rows = ({"kind": kind, "step": step} for kind, step in (("eval", 0), ("eval", 20), ("train", 21)))
+    return write(write(tmp_path / "run", "metrics.jsonl", rows), "samples.jsonl", [*samples(0), *samples(20)])
 
 
 def shown(browser):
@@ -132,10 +140,9 @@ def test_every_screen_shows_the_whole_page(run, browser, screenshots, screen, pa
     assert browser.run(undrawn) == 0
 
 
-@pytest.mark.slow
-def test_tokens_are_shaded_by_their_figures(run, browser):
+def test_tokens_are_shaded_by_their_figures(rollouts, browser):
     browser.look(**DESK)
-    browser.open(report(run))
+    browser.open(report(rollouts))
     every = "[...document.querySelectorAll('.side.normal .token')].map((each) =>"
     heats = f"{every} each.style.getPropertyValue('--heat'))"
     backgrounds = f"{every} getComputedStyle(each).backgroundColor)"
@@ -165,11 +172,10 @@ def contrast(one, other):
     return (light + 0.05) / (deep + 0.05)
 
 
-@pytest.mark.slow
-def test_text_on_the_deepest_shade_can_be_read(run, browser):
+def test_text_on_the_deepest_shade_can_be_read(rollouts, browser):
     """The contrast that WCAG asks of body text, 4.5, of both measures on light and dark."""
     browser.look(**DESK)
-    browser.open(report(run))
+    browser.open(report(rollouts))
     deepest = "[...document.querySelectorAll('.token')].find((each) => each.style.getPropertyValue('--heat') >= 1)"
     style, under = f"getComputedStyle({deepest})", "getComputedStyle(document.querySelector('.answer')).backgroundColor"
     for dark in (False, True):
@@ -183,10 +189,10 @@ def test_text_on_the_deepest_shade_can_be_read(run, browser):
             assert contrast(text, behind) >= 4.5
 
 
-@pytest.mark.slow
-def test_questions_are_turned_by_buttons_and_arrow_keys(run, browser):
-    browser.look(**DESK)
-    browser.open(report(run))
+def test_questions_are_turned_by_buttons_and_arrow_keys(rollouts, browser):
+    # So low that the rollouts are out of sight at the top of the page.
+    browser.look(width=1280, height=200)
+    browser.open(report(rollouts))
     browser.run("document.getElementById('rollouts').scrollIntoView()")
     assert shown(browser) == "question 0"
     assert browser.run("document.getElementById('rollout-previous').disabled")
@@ -203,9 +209,8 @@ def test_questions_are_turned_by_buttons_and_arrow_keys(run, browser):
     assert shown(browser) == "question 1"
 
 
-@pytest.mark.slow
-def test_questions_can_be_filtered(run, browser):
-    browser.open(report(run))
+def test_questions_can_be_filtered(rollouts, browser):
+    browser.open(report(rollouts))
     expected = {"disagree": ("1", 2), "normal": ("1", 1), "high_entropy": ("2", 1), "all": ("0", 3)}
     for value, (first, count) in expected.items():
         choose(browser, "rollout-filter", value)
@@ -213,9 +218,9 @@ def test_questions_can_be_filtered(run, browser):
         assert browser.run("document.getElementById('rollout-place').textContent") == f"question 1 of {count}"
 
 
-@pytest.mark.slow
-def test_steps_can_be_chosen_and_the_last_evaluation_is_first(run, browser):
-    browser.open(report(run))
+def test_steps_can_be_chosen_and_the_last_evaluation_is_first(rollouts, browser):
+    trained = ({**row, "kind": "train"} for row in samples(21))
+    browser.open(report(write(rollouts, "samples.jsonl", [*samples(0), *samples(20), *trained])))
     step = "document.getElementById('rollout-step').value"
     assert browser.run(step) == "step 20 · evaluation"
     choose(browser, "rollout-step", "step 0 · evaluation")
@@ -223,18 +228,24 @@ def test_steps_can_be_chosen_and_the_last_evaluation_is_first(run, browser):
     assert shown(browser) == "question 0"
 
 
-@pytest.mark.slow
-def test_older_samples_are_shown_without_shading(tmp_path, browser):
+def test_older_samples_are_shown_without_shading(rollouts, browser):
     rows = [{key: value for key, value in row.items() if key != "tokens"} for row in samples(20)]
-    folder = write(write(tmp_path / "run", "metrics.jsonl", metrics(20)), "samples.jsonl", rows)
-    browser.open(report(folder))
+    browser.open(report(write(rollouts, "samples.jsonl", rows)))
     assert browser.console == []
     assert browser.run("document.querySelector('.side.normal .text').textContent") == "two €<b>"
     assert browser.run("document.querySelectorAll('.token').length") == 0
     assert browser.run("document.getElementById('rollout-legend').textContent").startswith("No figures by token")
 
 
-@pytest.mark.slow
+def test_what_the_page_has_no_room_for_is_counted(rollouts, browser, monkeypatch):
+    monkeypatch.setattr(samples_of_page, "CHARACTERS_OF_PAGE", 700)
+    browser.open(report(rollouts))
+    assert browser.console == []
+    words = [browser.run(f"document.getElementById('rollout-{name}').textContent") for name in ("place", "left-out")]
+    assert words == ["no question is short enough to be shown", " samples.jsonl has 3 more questions."]
+    assert browser.run("document.getElementById('rollout-legend').textContent") == ""
+
+
 def test_a_run_can_be_taken_out_of_the_charts(run, browser):
     other = write(run.parent / "other", "metrics.jsonl", metrics(10))
     browser.look(**DESK)
@@ -249,7 +260,6 @@ def test_a_run_can_be_taken_out_of_the_charts(run, browser):
     browser.wait_for(f"{lines} === {before}")
 
 
-@pytest.mark.slow
 def test_a_watched_page_renews_itself_where_it_stands(tmp_path, browser):
     folder = tmp_path / "run"
     with socket.socket() as bound:

@@ -175,6 +175,14 @@ def test_pass_at_k_of_seeds_is_a_mean_where_all_have_it():
     assert (trace["x"], trace["y"], trace["error_y"]["array"]) == ([1], [0.5], [0.25])
 
 
+def test_pass_at_k_of_seeds_is_that_of_the_last_step_they_all_have():
+    rows = [{"pass@1/normal": value} for value in (0.25, 0.5, 1.0)]
+    seeds = (run_of(evaluation=rows), run_of(evaluation=rows[:2]))
+    traces = {trace["name"]: trace["y"] for trace in charts.pass_at_k_chart([RunGroup("mine", seeds)]).data}
+    assert traces == {"normal, step 0": [0.25], "normal, step 1": [0.5]}
+    assert charts.pass_at_k_chart([RunGroup("mine", (seeds[0], run_of()))]) is None
+
+
 def test_the_legend_of_several_runs_names_the_lines_once():
     rows = [{"reward/normal": 0.5, "reward/high_entropy": 0.25}] * 3
     chart = charts.step_chart(panel("reward"), alone(*(run_of(rows, name=name) for name in "abcdefgh")))

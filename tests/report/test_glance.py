@@ -6,11 +6,11 @@ from policy_split_jax.report.glance import Moment, Split, glance_chart, split_of
 from policy_split_jax.report.groups import RunGroup
 from policy_split_jax.report.runs import Run
 
-START = Moment(entropy=(0.432, 0.427), accuracy=(0.43, 0.415), kl=0.0027)
+START = Moment(step=0, entropy=(0.432, 0.427), accuracy=(0.43, 0.415), kl=0.0027)
 
 
 def split(entropy, accuracy, kl, evaluations=2, finished=True) -> Split:
-    return Split(START, Moment(entropy, accuracy, kl), evaluations, finished)
+    return Split(START, Moment(9, entropy, accuracy, kl), evaluations, finished)
 
 
 @pytest.mark.parametrize(
@@ -69,10 +69,21 @@ def run(*rows, summary=None) -> Run:
 
 def test_a_split_is_a_mean_over_seeds():
     other = evaluation(9, (0.75, 0.25), (0.25, 0.5), 1.5)
-    found = split_of(RunGroup("mine", (run(FIRST, LAST, summary={}), run(FIRST, FIRST, other))))
+    between = evaluation(5, (0.5, 0.5), (0.5, 0.5), 0.25)
+    found = split_of(RunGroup("mine", (run(FIRST, LAST, summary={}), run(FIRST, between, other))))
     assert found == Split(
-        Moment((0.5, 0.5), (0.25, 0.25), 0.0), Moment((0.5, 0.5), (0.5, 0.5), 1.0), evaluations=2, finished=False
+        Moment(0, (0.5, 0.5), (0.25, 0.25), 0.0), Moment(9, (0.5, 0.5), (0.5, 0.5), 1.0), evaluations=2, finished=False
     )
+
+
+def test_seeds_end_where_the_slowest_has_got_to():
+    further = evaluation(99, (0.125, 0.875), (1.0, 1.0), 2.0)
+    group = RunGroup("mine", (run(FIRST, LAST, further), run(FIRST, LAST)))
+    assert split_of(group) == split_of(RunGroup("mine", (run(FIRST, LAST),)))
+    [end, _] = [trace for trace in glance_chart([group]).data if "end (" in trace.get("hovertemplate", "")]
+    assert end["hovertemplate"].startswith("normal, end (step 9)<br>")
+    assert (end["error_x"]["array"], end["error_y"]["array"]) == ([0.0], [0.0])
+    assert split_of(RunGroup("mine", (run(FIRST), run(LAST)))) is None
 
 
 def test_evaluations_of_one_mode_alone_do_not_count():
@@ -116,8 +127,8 @@ def test_the_ends_of_seeds_have_bars_and_names_are_escaped():
     other = evaluation(9, (0.5, 0.75), (0.75, 1.0), 0.5)
     groups = [RunGroup("<b>", (run(FIRST, LAST), run(FIRST, other))), RunGroup("two", (run(FIRST, LAST),))]
     data = glance_chart(groups).data
-    ends = [trace for trace in data if "end<br>" in trace.get("hovertemplate", "")]
-    assert ends[0]["hovertemplate"].startswith("normal · &lt;b&gt; (2 seeds, min–max), end")
+    ends = [trace for trace in data if "end (step 9)<br>" in trace.get("hovertemplate", "")]
+    assert ends[0]["hovertemplate"].startswith("normal · &lt;b&gt; (2 seeds, min–max), end (")
     assert (ends[0]["error_x"]["array"], ends[0]["error_y"]["array"]) == ([0.125], [0.0])
     assert (ends[1]["error_x"]["array"], ends[1]["error_y"]["array"]) == ([0.0], [0.25])
     assert "error_x" not in ends[2]

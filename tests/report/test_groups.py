@@ -1,18 +1,21 @@
 """Which runs the command line names, and what they are called."""
 
+import json
+
 import numpy as np
 import pytest
 
 from policy_split_jax.errors import UserError
-from policy_split_jax.report.groups import Named, average_of_seeds, parse_named, read_groups
+from policy_split_jax.report.groups import Named, average_of_rows, average_of_seeds, parse_named, read_groups
 
 
 @pytest.fixture
 def make_run(tmp_path):
-    def make(name):
+    def make(name, *evaluations):
         folder = tmp_path / name
         folder.mkdir(parents=True)
-        (folder / "metrics.jsonl").write_bytes(b"")
+        rows = ({"kind": "eval", "step": step} for step in evaluations)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return str(folder)
 
     return make
@@ -41,6 +44,12 @@ def test_runs_of_one_name_are_told_apart_by_their_parents(make_run):
     assert [[seed.name for seed in group.seeds] for group in groups] == [["a/run"], ["b/run", "c"]]
 
 
+def test_names_have_as_many_parts_as_tell_them_apart(make_run):
+    runs = [make_run(name) for name in ("a/runs/s0", "b/runs/s0", "b/runs/s1", "b/other/s1", "s2")]
+    [group] = read_groups([Named("mine", (*runs, runs[-1]))])
+    assert [seed.name for seed in group.seeds] == ["a/runs/s0", "b/runs/s0", "runs/s1", "other/s1", "s2", "s2 (2)"]
+
+
 def test_a_label_that_is_there_twice_is_numbered(make_run):
     run = make_run("a")
     assert [group.label for group in read_groups([Named("x", (run,)), Named("x", (run,))])] == ["x", "x (2)"]
@@ -62,3 +71,20 @@ def test_four_seeds_have_a_t_interval():
     # Mean 3, variance (4 + 1 + 0 + 9) / 3; 3.182446 is the 97.5 % quantile of t with 3 degrees of freedom.
     half = 3.182446305 * np.sqrt(14 / 3) / 2
     np.testing.assert_allclose([found.low[0], found.mean[0], found.high[0]], [3 - half, 3, 3 + half], rtol=1e-8)
+
+
+def test_evaluations_are_those_that_all_seeds_have_made(make_run):
+    steps = {"a": (0, 25, 75, 300), "b": (0, 75), "c": (75, 0, 50)}
+    runs = [make_run(name, *each) for name, each in steps.items()]
+    [group] = read_groups([Named("mine", tuple(runs))])
+    assert [[row["step"] for row in rows] for rows in group.evaluations] == [[0] * 3, [75] * 3]
+    [apart] = read_groups([Named("mine", (runs[1], make_run("d")))])
+    assert apart.evaluations == []
+
+
+def test_a_value_that_a_seed_lacks_has_no_average():
+    rows = [{"step": 9, "kl": value} for value in (0.5, 1.0, 1.5)]
+    found = average_of_rows(rows, "kl")
+    assert (found.steps, found.low, found.mean, found.high) == ([9], [0.5], [1.0], [1.5])
+    # A band of the other three is not what "4 seeds" says it is.
+    assert average_of_rows([*rows, {"step": 9, "kl": None}], "kl") is None

@@ -279,8 +279,8 @@ def test_several_runs_share_the_charts(make_run, page_of):
         ("normal · two, evaluation", NORMAL_COLOUR, "square"),
         ("high entropy · two, evaluation", HIGH_ENTROPY_COLOUR, "square"),
     }
-    assert "mean of the samples one 25.0 % → 50.0 %" in text
-    assert "two 25.0 % → 50.0 %" in text
+    assert "mean of the samples one step 0 → 2 25.0 % → 50.0 %" in text
+    assert "two step 0 → 2 25.0 % → 50.0 %" in text
     assert [a["aria-label"] for a in page.all("button") if "data-run" in a] == ["Show one", "Show two"]
 
 
@@ -293,8 +293,39 @@ def test_seeds_are_one_run_with_its_spread(make_run, page_of):
     assert "mean of the samples 25.0 ± 0.0 % → 70.8 ± 18.8 % +45.8 points" in text
     assert "mine · 3 seeds, min–max · no training step yet · 2 evaluations" in text
     assert "(here: 3 seeds, min–max); ± is half of its width." in text
-    assert "(means of 3 seeds)" in text
+    assert "(means of 3 seeds at step 2)" in text
     assert "Policy Split · mine" in text
+
+
+def test_seeds_are_compared_where_the_slowest_has_got_to(make_run, page_of):
+    further = make_run("a", metrics=[eval_row(0, 0.25), eval_row(75, 0.5), eval_row(300, 1.0)])
+    seeds = f"mine={further},{make_run('b', metrics=[eval_row(0, 0.25), eval_row(75, 0.75)])}"
+    text = page_of(seeds).text()
+    assert "evaluation at step 0 → 75, k = 8" in text
+    assert "mean of the samples 25.0 ± 0.0 % → 62.5 ± 12.5 % +37.5 points" in text
+    assert "(means of 2 seeds at step 75)" in text
+    beside = page_of(seeds, make_run("c", metrics=[eval_row(0, 0.25), eval_row(300, 1.0)])).text()
+    assert "mine step 0 → 75 25.0 ± 0.0 % → 62.5 ± 12.5 % +37.5 points" in beside
+    assert "c step 0 → 300 25.0 % → 100.0 % +75.0 points" in beside
+
+
+def test_seeds_without_a_common_evaluation_have_no_figures(make_run, page_of):
+    seeds = f"mine={make_run('a', metrics=[eval_row(300, 0.5)])},{make_run('b', metrics=[eval_row(0, 0.25)])}"
+    none = "There is no step yet at which every seed was evaluated in both modes."
+    page = page_of(seeds)
+    assert page.text().count(none) == 2
+    assert charts_of(page) == {}
+    beside = page_of(seeds, make_run("c")).text()
+    assert f"mine : {none}" in beside
+    assert "mean of the samples mine — — c step 0 → 2 25.0 % → 50.0 %" in beside
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_figure_that_a_seed_lacks_is_a_dash(make_run, page_of, count):
+    rows = [eval_row(0, 0.5)] * (count - 1) + [eval_row(0, 0.5) | {"accuracy/normal": None}]
+    runs = [make_run(str(at), metrics=[row]) for at, row in enumerate(rows)]
+    # Of the high-entropy mode all seeds have it.
+    assert "mean of the samples — 37.5 ± 0.0 %" in page_of(f"mine={','.join(map(str, runs))}").text()
 
 
 def test_a_page_of_single_runs_does_not_speak_of_bands(make_run, page_of):

@@ -1,10 +1,13 @@
 """What of samples.jsonl the page lets one read."""
 
-import json
+from itertools import product
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from policy_split_jax.report import samples as samples_module
+from policy_split_jax.report.frame import embedded_json
 from policy_split_jax.report.groups import RunGroup
 from policy_split_jax.report.runs import Run
 from policy_split_jax.report.samples import ANSWERS_SHOWN, CHARACTERS_SHOWN, QUESTIONS_SHOWN, rollout_data
@@ -94,17 +97,69 @@ def test_a_long_text_keeps_its_beginning_and_its_end():
     assert f"[… {CHARACTERS_SHOWN + 12:,} characters left out …]" in answer["text"]
 
 
+def size_of(*groups):
+    return len(embedded_json(rollout_data(groups)))
+
+
+def group_of(*rows, evaluations=0):
+    return RunGroup("tiny", (Run("tiny", [], [{}] * evaluations, rows, None, None),))
+
+
 def test_evaluations_between_give_way_where_the_page_would_grow_too_large(monkeypatch):
-    rows = [sample(step, text="x" * 1000) for step in range(9)]
-    size = len(json.dumps(shown(rows[0])["steps"][0]))
-    for budget, steps in ((9 * size, range(9)), (9 * size - 1, (0, 1, 2, 3, 5, 6, 7, 8)), (3 * size, (0, 4, 8))):
+    # A "<" takes six characters of the page.
+    rows = [sample(step, text="<" * 200) for step in range(9)]
+    size, step = size_of(group_of(*rows)), size_of(group_of(*rows)) - size_of(group_of(*rows[1:]))
+    for budget, steps in ((size, range(9)), (size - 1, (0, 1, 2, 3, 5, 6, 7, 8)), (size - 6 * step, (0, 4, 8))):
         monkeypatch.setattr(samples_module, "CHARACTERS_OF_PAGE", budget)
         run = shown(*rows, evaluations=9)
         assert [step["label"] for step in run["steps"]] == [f"step {step} · evaluation" for step in steps]
         assert run["left_out"] == 9 - len(steps)
-    # The first and the last are always there.
-    monkeypatch.setattr(samples_module, "CHARACTERS_OF_PAGE", 1)
-    assert [step["label"] for step in shown(*rows)["steps"]] == ["step 0 · evaluation", "step 8 · evaluation"]
+
+
+def test_then_questions_give_way_and_answers_last(monkeypatch):
+    """Of three evaluations and a step of training, each with three questions, and three answers in either mode."""
+    places = [("eval", 0), ("train", 5), ("eval", 5), ("eval", 9)]
+    each = [(f"question {q}", mode, at) for q in range(3) for mode in ("normal", "high_entropy") for at in range(3)]
+    texts = [{"question": q, "mode": mode, "index": at, "text": "x" * 1000} for q, mode, at in each]
+    rows = [sample(step, kind, **text) for kind, step in places for text in texts]
+    found = []
+    for thousands in (80, 65, 50, 28, 16, 9, 1):
+        monkeypatch.setattr(samples_module, "CHARACTERS_OF_PAGE", 1000 * thousands)
+        run = shown(*rows, evaluations=3)
+        assert {step["left_out"] + len(step["questions"]) for step in run["steps"]} == {3}
+        sides = [side for step in run["steps"] for question in step["questions"] for side in question["sides"]]
+        assert {side["left_out"] + len(side["answers"]) for side in sides} <= {3}
+        counts = [len(step["questions"]) for step in run["steps"]]
+        assert run["left_out"] + len(counts) == 4
+        found.append((len(counts), set(counts), {len(side["answers"]) for side in sides}))
+    assert found == [
+        (4, {3}, {3}),
+        (3, {3}, {3}),
+        (3, {2}, {3}),
+        (3, {1}, {3}),
+        (3, {1}, {2}),
+        (3, {1}, {1}),
+        (3, {0}, set()),
+    ]
+
+
+TEXTS = st.text(alphabet="ax<é€𝄞\n", max_size=300)
+SIZES = st.tuples(st.integers(0, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 40))
+
+
+@given(st.lists(st.tuples(TEXTS, SIZES), min_size=1, max_size=4), st.integers(800, 20_000), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_the_rollouts_never_exceed_their_share_of_the_page(runs, share, scored):
+    def rows(text, steps, questions, answers, times):
+        tokens = {key: value * times for key, value in TOKENS.items()} if scored else None
+        for kind, step, question, index in product(("train", "eval"), range(steps), range(questions), range(answers)):
+            if kind == "eval" or step < 2:
+                yield sample(step, kind, question=f"{question}{text}", index=index, text=text * times, tokens=tokens)
+
+    groups = [group_of(*rows(text, *sizes), evaluations=sizes[0]) for text, sizes in runs]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(samples_module, "CHARACTERS_OF_PAGE", share * len(groups))
+        assert size_of(*groups) <= share * len(groups)
 
 
 def test_the_scale_leaves_the_highest_two_per_cent_out():

@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from typing import Literal
 
 import numpy as np
@@ -130,12 +131,13 @@ def _stream(split: str, size: int, seed: int, max_number: int) -> Iterator[Puzzl
             # 7 is prime to 90, so the turns of a multiset visit every target once.
             target = TARGETS[(int(start) + 7 * turn) % len(TARGETS)]
             numbers = _multiset(int(rank), size)
-            if split_of(numbers, target) == split and target in _targets(numbers):
+            if split_of(numbers, target) == split and _targets(numbers) >> target & 1:
                 shown = list(numbers)
                 shuffle(shown)
                 yield Puzzle(tuple(shown), target)
 
 
+@lru_cache(maxsize=1 << 16)
 def _multiset(rank: int, size: int) -> tuple[int, ...]:
     """The multiset of `size` numbers >= 1 with this rank, sorted.
 
@@ -164,24 +166,29 @@ def _results(left: int, right: int) -> Iterator[tuple[str, int]]:
         yield "/", left // right
 
 
-@lru_cache(maxsize=16384)
-def _targets(numbers: tuple[int, ...]) -> tuple[int, ...]:
-    """The targets that a sorted tuple reaches; much faster than building the expressions."""
-    return tuple(sorted(value for value in _values(numbers) if value in TARGETS))
+# As many as there are sets of four numbers up to 30, and more; a mask takes little memory.
+@lru_cache(maxsize=1 << 16)
+def _targets(numbers: tuple[int, ...]) -> int:
+    """The targets that a sorted tuple reaches, a bit each; much faster than building the expressions."""
+    return sum(1 << value for value in _reached(numbers) if value in TARGETS)
 
 
-# Bounded so that the halves of four numbers up to 20 stay and memory does not grow with max_number.
-@lru_cache(maxsize=2048)
-def _values(numbers: tuple[int, ...]) -> frozenset[int]:
+def _reached(numbers: tuple[int, ...]) -> set[int]:
+    """Every value of a sorted tuple: what `_results` gives of its parts, without naming the operators."""
     if len(numbers) == 1:
-        return frozenset(numbers)
-    return frozenset(
-        value
-        for left, right in _partitions(numbers)
-        for a in _values(left)
-        for b in _values(right)
-        for _, value in _results(a, b)
-    )
+        return set(numbers)
+    found: set[int] = set()
+    for left, right in _partitions(numbers):
+        # Each two parts once: both orders are below.
+        if left <= right:
+            pairs = list(product(_values(left), _values(right)))
+            found.update([a + b for a, b in pairs], [a * b for a, b in pairs], [abs(a - b) for a, b in pairs])
+            found.update([a // b for a, b in pairs if b and not a % b], [b // a for a, b in pairs if a and not b % a])
+    return found
+
+
+# Parts of larger tuples, again and again. Bounded so that those of four numbers up to 30 stay, some 20 MB.
+_values = lru_cache(maxsize=8192)(_reached)
 
 
 @lru_cache(maxsize=2048)

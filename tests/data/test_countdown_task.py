@@ -6,6 +6,8 @@ from functools import cache
 from itertools import permutations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from policy_split_jax.data import countdown
 from policy_split_jax.errors import UserError
@@ -109,6 +111,14 @@ def test_four_numbers_reach_the_targets_of_brute_force(numbers):
         assert set(texts) <= expected[target]
         assert len(set(texts)) == len(texts) == min(countdown.MAX_EXPRESSIONS, len(expected[target]))
     assert any(len(texts) > countdown.MAX_EXPRESSIONS for texts in expected.values())
+
+
+@given(st.lists(st.integers(1, 99), min_size=1, max_size=4))
+def test_the_targets_are_those_that_some_expression_reaches(numbers):
+    """The values alone are computed without the expressions, and each two parts in one order."""
+    numbers = tuple(sorted(numbers))
+    found = countdown._targets(numbers)
+    assert {target for target in range(100) if found >> target & 1} == countdown.reachable(numbers).keys()
 
 
 def test_solutions_are_right_and_use_each_number_once():

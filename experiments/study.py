@@ -22,7 +22,7 @@ TUNING_SEED = 100
 # Those of the walk are the settings of configs/walk.yaml, its steps too, since every method has a file of its own.
 TASKS: Mapping[str, Mapping[str, Any]] = {
     "3 numbers": {"data.numbers": "[3]"},
-    "4 numbers": {"data.numbers": "[4]", "rollout.max_new_tokens": 14},
+    "4 numbers": {"data.numbers": "[4]", "rollout.max_prompt_tokens": 40, "rollout.max_new_tokens": 14},
     "walk": {
         "model.path": "embedded-walk",
         "data.task": "walk",

@@ -16,6 +16,10 @@ import tables  # noqa: E402
 from study import Result, Run  # noqa: E402
 
 from policy_split_jax.config import RunConfig, load  # noqa: E402
+from policy_split_jax.data.dataset import load_rows  # noqa: E402
+from policy_split_jax.errors import UserError  # noqa: E402
+from policy_split_jax.policy import load_policy, model_folder  # noqa: E402
+from policy_split_jax.rollouts import check_prompts  # noqa: E402
 
 TASK, RATE = study.ABLATION_TASK, study.ABLATION_RATE
 
@@ -148,3 +152,14 @@ def test_the_walk_is_that_of_its_configuration():
         assert getattr(found, section) == getattr(own, section)
     assert found.rollout.max_prompt_tokens == own.rollout.max_prompt_tokens
     assert found.rollout.max_new_tokens == own.rollout.max_new_tokens
+
+
+@pytest.mark.parametrize("task", study.TASKS)
+def test_the_prompts_of_every_task_are_short_enough(task):
+    job = Run(task, "Policy Split", 4e-4, 0).job()
+    found = load(RunConfig, job.config, [f"{key}={value}" for key, value in job.settings.items()])
+    policy = load_policy(model_folder(found.model.path)).with_prompts(high_entropy=found.prompt.high_entropy)
+    rows = load_rows("embedded", found.data, question_column="", answer_column="", split="train", count=200)
+    check_prompts(policy, rows, found.rollout.max_prompt_tokens, found.sharing)
+    with pytest.raises(UserError, match="questions make prompts"):
+        check_prompts(policy, rows, 20, found.sharing)

@@ -309,12 +309,15 @@ def train(config: RunConfig, *, must_resume: bool = False) -> Path:
         _own_folder(config, run.policy, started_at),
     ):
         whose = identity(config, run.policy, run.train_rows)
-        with Checkpoints(folder / "checkpoints", config.train.keep_checkpoints, whose) as checkpoints:
+        # Heard until the last checkpoint is written, which is when Checkpoints closes.
+        with (
+            StopRequests() as stop,
+            Checkpoints(folder / "checkpoints", config.train.keep_checkpoints, whose) as checkpoints,
+        ):
             state, position, damaged = _begin(run, checkpoints, started_at)
             with (
                 _log(config, position) as log,
                 RunDisplay(config.train.steps, position.step, quiet=not processes.is_first()) as display,
-                StopRequests() as stop,
             ):
                 _announce(display, run, position.step, damaged)
                 _trainer(

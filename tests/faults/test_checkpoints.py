@@ -1,9 +1,12 @@
 """Damaged, foreign and half-written checkpoints: found, named, and the last whole one taken."""
 
 import json
+import os
 import random
 import re
 import shutil
+import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,11 +21,12 @@ from policy_split_jax.config import RunConfig
 from policy_split_jax.errors import UserError
 from policy_split_jax.model.qwen3 import abstract_params
 from policy_split_jax.policy import load_policy
-from policy_split_jax.training.checkpoint import Checkpoints, load_run
-from policy_split_jax.training.loop import run_mesh, train
+from policy_split_jax.training.checkpoint import Checkpoints, latest_step, load_run
+from policy_split_jax.training.loop import Trainer, run_mesh, train
 from policy_split_jax.training.optimizer import make_optimizer
 from policy_split_jax.training.run_folder import check_folder, locked
 from policy_split_jax.training.state import init_state, state_shardings
+from policy_split_jax.training.stop import Stopped
 
 # The checkpoint library warns of its own deprecations, and leaves what it was at when a file was damaged.
 pytestmark = [
@@ -277,6 +281,32 @@ def test_another_vocabulary_is_refused(copy):
         train(copy)
     with pytest.raises(UserError, match="was saved with other model files"):
         load_run(copy.folder)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_signal_while_the_last_checkpoint_is_written_does_not_end_the_run(copy, asked, monkeypatch):
+    """At the end of the run, and where it was asked to stop before."""
+    close, step, ended = Checkpoints.close, Trainer.step, []
+
+    def late(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        close(self)
+
+    def early(self, number):
+        step(self, number)
+        if asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Checkpoints, "close", late)
+    monkeypatch.setattr(Trainer, "step", early)
+    before = signal.signal(signal.SIGTERM, lambda *unused: ended.append("killed"))
+    try:
+        with pytest.raises(Stopped) if asked else nullcontext():
+            train(replace(copy, train=replace(copy.train, steps=5)))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended == []
+    assert latest_step(copy.folder / "checkpoints") == 5
 
 
 def test_a_second_run_in_a_folder_is_refused(copy):

@@ -4,8 +4,10 @@ The run's settings lie beside them, in config.yaml. Every array's fingerprint is
 when a checkpoint is read, whatever wrote, moved or stored it.
 """
 
+import errno
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from policy_split_jax import processes
-from policy_split_jax.errors import UserError
+from policy_split_jax.errors import PASSING, UserError
 from policy_split_jax.model.qwen3 import Params, abstract_params
 from policy_split_jax.model.sharding import placed
 from policy_split_jax.policy import Policy, load_policy, model_folder
@@ -25,6 +27,15 @@ from policy_split_jax.training.state import TrainState
 FORMAT = 2
 DAMAGED = "damaged"
 """Where checkpoints are put that could not be read, beside the others."""
+
+# By what a read fails whatever was to be read: as the system numbers it, and as TensorStore and XLA call it.
+_HINDRANCES = PASSING | {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+_STATUS = {
+    "RESOURCE_EXHAUSTED": errno.ENOMEM,
+    "UNAVAILABLE": errno.EIO,
+    "DEADLINE_EXCEEDED": errno.ETIMEDOUT,
+    "PERMISSION_DENIED": errno.EACCES,
+}
 
 _NO_ROOM = ("No space left on device", "Disk quota exceeded", "File too large")
 
@@ -80,7 +91,7 @@ class Checkpoints:
 
         `like` gives shapes and types, and may be abstract (`jax.eval_shape`). Later ones that are damaged are moved to
         the folder `damaged`. Raises UserError where none is whole, and where the last one belongs to another run, model
-        or version.
+        or version; OSError where one cannot be read for now.
         """
         # Where each array goes is said here, not read from the file: the checkpoint may come from other devices.
         wanted = placed(jax.eval_shape(_storable, like), shardings._asdict())
@@ -151,7 +162,28 @@ def _restored(manager: ocp.CheckpointManager, step: int, args: Any) -> Any:
         return manager.restore(step, args=args)
     # What a damaged file does to the libraries that read it is anybody's guess.
     except Exception as error:
-        raise Damaged(" ".join(str(error).split())[:200] or type(error).__name__) from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if number := _hindrance(error):
+            message = f"could not be read ({reason}); nothing was changed, try again"
+            raise OSError(number, message, str(manager.directory / str(step))) from error
+        raise Damaged(reason) from error
+
+
+def _hindrance(error: BaseException | None) -> int | None:
+    """The number of what kept a checkpoint from being read and says nothing of it; None where it is the checkpoint."""
+    if error is None:
+        return None
+    number = error.errno if isinstance(error, OSError) else _said(error)
+    return number if number in _HINDRANCES else _hindrance(error.__cause__ or error.__context__)
+
+
+def _said(error: BaseException) -> int | None:
+    """The system's number in, or for, what a library raised."""
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM
+    if found := re.search(r"os_error_code='(\d+)'", str(error)):
+        return int(found[1])
+    return next((number for word, number in _STATUS.items() if word in str(error)), None)
 
 
 def _read_extra(manager: ocp.CheckpointManager, step: int) -> Json:

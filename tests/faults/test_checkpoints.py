@@ -1,5 +1,6 @@
 """Damaged, foreign and half-written checkpoints: found, named, and the last whole one taken."""
 
+import errno
 import json
 import os
 import random
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from policy_split_jax import config as settings
@@ -227,6 +229,46 @@ def test_where_no_checkpoint_is_whole_nothing_is_touched(copy):
         copy.folder / "config.yaml"
     }
     assert before.keys() - after.keys() <= {copy.folder / "summary.json"}
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (OSError(errno.EIO, "Input/output error"), errno.EIO),
+        (OSError(errno.ESTALE, "Stale file handle"), errno.ESTALE),
+        (PermissionError(errno.EACCES, "Permission denied"), errno.EACCES),
+        (ValueError("UNKNOWN: Error reading local file \"d/0\": Input/output error [os_error_code='5']"), errno.EIO),
+        (ValueError("RESOURCE_EXHAUSTED: Too many open files [os_error_code='24']"), errno.EMFILE),
+        (MemoryError(), errno.ENOMEM),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes."), errno.ENOMEM),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: socket closed"), errno.EIO),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_cannot_be_read_for_now_is_not_damaged(trained, reader, monkeypatch, error, number, wrapped):
+    def restore(self, step, args):
+        if wrapped:
+            raise ValueError("Could not load") from error
+        raise error
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", restore)
+    folder = trained / "run" / "checkpoints"
+    with pytest.raises(OSError, match=r"could not be read .*; nothing was changed, try again") as found:
+        reader.restore(folder)
+    assert (found.value.errno, found.value.filename) == (number, str(folder.resolve() / "4"))
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "4"]
+
+
+def test_a_model_that_cannot_be_read_for_now_is_one_line_and_exit_code_1(trained, monkeypatch, capsys):
+    def restore(self, step, args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", restore)
+    assert main(["eval", "--checkpoint", str(trained / "run"), "--questions", "1", "--k", "1"]) == 1
+    assert capsys.readouterr().err == (
+        f"policy-split: error: {(trained / 'run' / 'checkpoints').resolve()}/4: could not be read "
+        "([Errno 5] Input/output error); nothing was changed, try again\n"
+    )
 
 
 def test_a_damaged_model_is_not_evaluated(copy, capsys):

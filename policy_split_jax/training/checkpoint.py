@@ -106,7 +106,8 @@ class Checkpoints:
                     self._set_aside(damaged)
                 return Restored(step, state, extra, damaged)
         reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
-        raise UserError(f"{self._folder}: no checkpoint there can be read ({reasons}); put a copy there, or remove it")
+        remedy = "put a copy there, or remove the run's folder"
+        raise UserError(f"{self._folder}: no checkpoint there can be read ({reasons}); {remedy}")
 
     def _read(self, step: int, wanted: Any) -> tuple[TrainState, Json]:
         path, extra = self._folder / str(step), _read_extra(self._manager, step)

@@ -68,7 +68,7 @@ from policy_split_jax.training.guard import Guard, watch
 from policy_split_jax.training.metrics_log import MetricsLog
 from policy_split_jax.training.optimizer import make_optimizer, make_schedule
 from policy_split_jax.training.packing import pack_batch
-from policy_split_jax.training.run_folder import check_folder, identity, locked, make_folder
+from policy_split_jax.training.run_folder import check_folder, identity, locked, make_folder, renew_folder
 from policy_split_jax.training.state import TrainState, init_state, state_shardings
 from policy_split_jax.training.stop import Stopped, StopRequests
 from policy_split_jax.training.update import Update, UpdateConfig, make_update
@@ -315,6 +315,8 @@ def train(config: RunConfig, *, must_resume: bool = False) -> Path:
             Checkpoints(folder / "checkpoints", config.train.keep_checkpoints, whose) as checkpoints,
         ):
             state, position, damaged = _begin(run, checkpoints, started_at)
+            if processes.is_first() and started_at:
+                renew_folder(config, position.step)
             with (
                 _log(config, position) as log,
                 RunDisplay(config.train.steps, position.step, quiet=not processes.is_first()) as display,
@@ -383,12 +385,12 @@ def _trainer(run: _Prepared, **parts: Any) -> Trainer:
 
 @contextmanager
 def _own_folder(config: RunConfig, policy: Policy, started_at: int) -> Iterator[None]:
-    """The run's folder with what it begins with, locked by the first process."""
+    """The run's folder, locked by the first process; a new one with what it begins with."""
     # Nobody writes before everybody has looked.
     processes.wait_for_all("checked")
     with locked(config, started_at) if processes.is_first() else nullcontext():
-        if processes.is_first():
-            make_folder(config, policy, started_at)
+        if processes.is_first() and not started_at:
+            make_folder(config, policy)
         processes.wait_for_all("folder")
         yield
 

@@ -65,6 +65,12 @@ class MetricsLog:
         _append(self._samples, [{"step": step, "kind": kind, **row} for row in rows])
 
 
+def last_step(path: Path) -> float:
+    """The last step that a run's metrics.jsonl has a row of; 0 where there is none."""
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    return max((step for step, _ in map(_place_of, lines) if step < math.inf), default=0)
+
+
 def plain_row(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values as JSON has them: what is not finite becomes null."""
     return {key: _plain(value) for key, value in values.items()}

@@ -224,11 +224,7 @@ def test_where_no_checkpoint_is_whole_nothing_is_touched(copy):
     before = {path: path.read_bytes() for path in files(copy.folder) if path.name != ".lock"}
     with pytest.raises(UserError, match=r"no checkpoint there can be read \(step 4: .*; step 2: "):
         train(replace(copy, train=replace(copy.train, steps=6)))
-    after = {path: path.read_bytes() for path in files(copy.folder) if path.name != ".lock"}
-    assert {path: content for path, content in after.items() if before.get(path) != content}.keys() <= {
-        copy.folder / "config.yaml"
-    }
-    assert before.keys() - after.keys() <= {copy.folder / "summary.json"}
+    assert {path: path.read_bytes() for path in files(copy.folder) if path.name != ".lock"} == before
 
 
 @pytest.mark.parametrize(
@@ -269,6 +265,29 @@ def test_a_model_that_cannot_be_read_for_now_is_one_line_and_exit_code_1(trained
         f"policy-split: error: {(trained / 'run' / 'checkpoints').resolve()}/4: could not be read "
         "([Errno 5] Input/output error); nothing was changed, try again\n"
     )
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(copy, over):
+    """They were deleted, or lie on a disk that is not mounted; the run may be over or not."""
+    shutil.rmtree(copy.folder / "checkpoints")
+    if not over:
+        (copy.folder / "summary.json").unlink()
+        with (copy.folder / "metrics.jsonl").open("a") as file:
+            file.write('{"kind": "train", "step": 5}\n{"kind": "trai')
+    before = {path: path.read_bytes() for path in files(copy.folder)}
+    name = "summary.json" if over else "metrics.jsonl"
+    with pytest.raises(UserError, match=rf"/{name}: this run had checkpoints, and none is in \S+/checkpoints; put"):
+        train(copy)
+    assert {path: path.read_bytes() for path in files(copy.folder)} == before
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_was_whole_begins_anew(copy):
+    """The second save waits for the first, so that two saves' steps say nothing of a whole checkpoint."""
+    shutil.rmtree(copy.folder / "checkpoints")
+    (copy.folder / "summary.json").unlink()
+    assert [row["step"] for row in map(json.loads, (copy.folder / "metrics.jsonl").open())] == [0, 1, 2, 3, 4, 4]
+    check_folder(copy, 0, False)
 
 
 def test_a_damaged_model_is_not_evaluated(copy, capsys):

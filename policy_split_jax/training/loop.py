@@ -138,6 +138,9 @@ class Trainer:
         return step == self.config.train.steps
 
     def _save(self) -> None:
+        if self.log is not None:
+            # Where the machine is lost, no checkpoint is there without the rows before it.
+            self.log.sync()
         self.checkpoints.save(self.position.step, self.state, self.position.to_json())
 
     def step(self, step: int) -> None:

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from policy_split_jax.errors import UserError
-from policy_split_jax.files import whole_file
+from policy_split_jax.files import sync, sync_folder, whole_file
 
 
 class _Sink(Protocol):
@@ -64,8 +64,15 @@ class MetricsLog:
         """Rollouts worth reading."""
         _append(self._samples, [{"step": step, "kind": kind, **row} for row in rows])
 
+    def sync(self) -> None:
+        """Returns when all rows so far will outlast the machine."""
+        for path in (self._metrics, self._samples):
+            if path.is_file():
+                sync(path)
+        sync_folder(self._metrics.parent)
 
-def last_step(path: Path) -> float:
+
+def last_logged(path: Path) -> float:
     """The last step that a run's metrics.jsonl has a row of; 0 where there is none."""
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
     return max((step for step, _ in map(_place_of, lines) if step < math.inf), default=0)

@@ -15,11 +15,11 @@ from policy_split_jax import config as settings
 from policy_split_jax.config import RunConfig
 from policy_split_jax.data.formats import Row
 from policy_split_jax.errors import UserError
-from policy_split_jax.files import whole_file
+from policy_split_jax.files import sync, sync_folder, whole_file
 from policy_split_jax.policy import Policy, copy_policy_files
 from policy_split_jax.training.checkpoint import latest_step
 from policy_split_jax.training.guard import GuardConfig
-from policy_split_jax.training.metrics_log import last_step
+from policy_split_jax.training.metrics_log import last_logged
 
 LOCK = ".lock"
 
@@ -63,7 +63,7 @@ def _trace_of_checkpoints(folder: Path, save_every: int | None) -> Path | None:
     if summary.is_file():
         return summary
     # The second save waits until the first is written, and the steps after it come later.
-    return metrics if save_every and last_step(metrics) > 2 * save_every else None
+    return metrics if save_every and last_logged(metrics) > 2 * save_every else None
 
 
 @contextmanager
@@ -89,7 +89,11 @@ def locked(config: RunConfig, started_at: int) -> Iterator[None]:
 def make_folder(config: RunConfig, policy: Policy) -> None:
     """Writes what a new run's folder begins with: config.yaml first, which marks the folder as a run's."""
     _write_settings(config)
-    copy_policy_files(policy, config.folder / "model")
+    model = config.folder / "model"
+    copy_policy_files(policy, model)
+    for path in model.iterdir():
+        sync(path)
+    sync_folder(model)
 
 
 def renew_folder(config: RunConfig, step: int) -> None:

@@ -23,6 +23,7 @@ from policy_split_jax.config import RunConfig
 from policy_split_jax.errors import UserError
 from policy_split_jax.model.qwen3 import abstract_params
 from policy_split_jax.policy import load_policy
+from policy_split_jax.training import metrics_log
 from policy_split_jax.training.checkpoint import Checkpoints, latest_step, load_run
 from policy_split_jax.training.loop import Trainer, run_mesh, train
 from policy_split_jax.training.optimizer import make_optimizer
@@ -342,6 +343,18 @@ def test_another_vocabulary_is_refused(copy):
         train(copy)
     with pytest.raises(UserError, match="was saved with other model files"):
         load_run(copy.folder)
+
+
+def test_rows_are_on_the_disk_before_the_checkpoint_after_them_is_saved(copy, monkeypatch):
+    events, save, append = [], Checkpoints.save, metrics_log._append
+    monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(metrics_log, "_append", lambda path, rows: (events.append("rows"), append(path, rows)))
+    monkeypatch.setattr(Checkpoints, "save", lambda self, *what: (events.append("save"), save(self, *what)))
+    train(replace(copy, train=replace(copy.train, steps=5)))
+    saved = events.index("save")
+    written = max(at for at in range(saved) if events[at] == "rows")
+    paths = (copy.folder / "metrics.jsonl", copy.folder / "samples.jsonl", copy.folder)
+    assert events[written + 1 : saved] == [path.stat().st_ino for path in paths]
 
 
 @pytest.mark.parametrize("asked", [False, True])

@@ -24,7 +24,7 @@ from policy_split_jax.policy import Policy, load_policy, model_folder
 from policy_split_jax.training.fingerprint import fingerprints
 from policy_split_jax.training.state import TrainState
 
-FORMAT = 2
+FORMAT = 3
 DAMAGED = "damaged"
 """Where checkpoints are put that could not be read, beside the others."""
 

@@ -314,11 +314,16 @@ def edited(config, change):
 
 
 @pytest.mark.parametrize(
-    ("number", "remedy"), [(1, "use the older version, or start the run anew"), (99, "use the newer version")]
+    ("number", "remedy"),
+    [
+        (1, "use the older version, or start the run anew"),
+        (2, "use the older version, or start the run anew"),
+        (99, "use the newer version"),
+    ],
 )
 def test_another_format_is_refused(copy, number, remedy):
     edited(copy, lambda content: content.update(format=number))
-    with pytest.raises(UserError, match=f"checkpoints/4: has format {number}, this version reads 2; {remedy}"):
+    with pytest.raises(UserError, match=f"checkpoints/4: has format {number}, this version reads 3; {remedy}"):
         train(copy)
     with pytest.raises(UserError, match=f"has format {number}"):
         load_run(copy.folder)

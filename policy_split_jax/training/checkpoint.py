@@ -209,7 +209,7 @@ def _check_origin(path: Path, extra: Json, run: Mapping[str, str]) -> None:
         raise UserError(f"{path}: has format {extra['format']}, this version reads {FORMAT}; {remedy}")
     for what, digest in run.items():
         if extra["run"].get(what) != digest:
-            raise UserError(f"{path}: was saved with other {what}; put this run's own checkpoints there")
+            raise UserError(f"{path}: was saved with other {what}; put back this run's own {what}, or its checkpoints")
 
 
 def _check_arrays(path: Path, extra: Json, wanted: Any) -> None:

@@ -311,7 +311,7 @@ def train(config: RunConfig, *, must_resume: bool = False) -> Path:
         GraderPool(reward.grader, reward.workers, reward.time_limit, reward.memory_limit_mb) as pool,
         _own_folder(config, run.policy, started_at),
     ):
-        whose = identity(config, run.policy, run.train_rows)
+        whose = identity(config, run.policy, run.train_rows, run.test_rows)
         # Heard until the last checkpoint is written, which is when Checkpoints closes.
         with (
             StopRequests() as stop,

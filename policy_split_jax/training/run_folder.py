@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -109,19 +109,36 @@ def _write_settings(config: RunConfig) -> None:
         yaml.safe_dump(settings.to_dict(config), file, sort_keys=False, allow_unicode=True)
 
 
-def identity(config: RunConfig, policy: Policy, rows: Sequence[Row]) -> dict[str, str]:
-    """Digests of what a run's checkpoints mean nothing without; `rows` are the questions that it trains on."""
+def identity(config: RunConfig, policy: Policy, train_rows: Sequence[Row], test_rows: Sequence[Row]) -> dict[str, str]:
+    """Digests of what a run's checkpoints and figures mean nothing without."""
     tree = settings.to_dict(config)
-    fixed = {key: _get(tree, key) for key in _fixed_keys()}
-    questions = hashlib.sha256()
+    return {
+        "settings": _digest({key: _get(tree, key) for key in _fixed_keys()}),
+        "model files": policy.digest,
+        "stop tokens": _digest(policy.stop_ids),
+        "prompts": _digest(asdict(policy.prompts)),
+        "questions": _digest_of_rows(train_rows),
+        "test questions": _digest_of_rows(test_rows),
+        "reward code": _digest_of_reward(config.reward.grader),
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _digest_of_rows(rows: Sequence[Row]) -> str:
+    found = hashlib.sha256()
     for row in rows:
         content = [row.question, row.ground_truth, row.data_source, row.extra_info]
-        questions.update(json.dumps(content, sort_keys=True, default=str).encode())
-    return {
-        "settings": hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest(),
-        "model files": policy.digest,
-        "questions": questions.hexdigest(),
-    }
+        found.update(json.dumps(content, sort_keys=True, default=str).encode())
+    return found.hexdigest()
+
+
+def _digest_of_reward(grader: str) -> str:
+    """Of the content of a user's file; "" for our own graders, and for a module, whose file only importing it tells."""
+    place = grader.rpartition(":")[0]
+    return hashlib.sha256(Path(place).read_bytes()).hexdigest() if place.endswith(".py") else ""
 
 
 def _fixed_keys() -> list[str]:

@@ -330,10 +330,12 @@ def test_another_format_is_refused(copy, number, remedy):
     assert (copy.folder / "checkpoints" / "4").is_dir()
 
 
-@pytest.mark.parametrize("what", ["settings", "model files", "questions"])
+@pytest.mark.parametrize(
+    "what", ["settings", "model files", "stop tokens", "prompts", "questions", "test questions", "reward code"]
+)
 def test_a_checkpoint_of_another_run_is_refused(copy, what):
     edited(copy, lambda content: content["run"].update({what: "0"}))
-    with pytest.raises(UserError, match=f"checkpoints/4: was saved with other {what}; put this run's own"):
+    with pytest.raises(UserError, match=f"checkpoints/4: was saved with other {what}; put back this run's own"):
         train(copy)
     assert (copy.folder / "checkpoints" / "4").is_dir()
 
@@ -386,6 +388,22 @@ def test_a_signal_while_the_last_checkpoint_is_written_does_not_end_the_run(copy
         signal.signal(signal.SIGTERM, before)
     assert ended == []
     assert latest_step(copy.folder / "checkpoints") == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "what"),
+    [
+        ("generation_config.json", '"eos_token_id": [', '"eos_token_id": [7, ', "stop tokens"),
+        ("policy_split.json", "High-entropy mode.", "Another mode.", "prompts"),
+    ],
+)
+def test_what_a_run_reads_again_is_that_which_it_began_with(copy, name, old, new, what):
+    path = copy.folder / "model" / name
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(UserError, match=f"checkpoints/4: was saved with other {what}"):
+        train(copy)
 
 
 def test_a_second_run_in_a_folder_is_refused(copy):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import secrets
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -40,9 +41,9 @@ class MetricsLog:
             _keep_until(path, last_step, evaluated)
         self._sinks: list[_Sink] = []
         if tensorboard:
-            self._sinks.append(_TensorBoard(folder))
+            self._sinks.append(_TensorBoard(folder, last_step + 1))
         if wandb:
-            self._sinks.append(_Wandb(folder, name))
+            self._sinks.append(_Wandb(folder, name, goes_on=last_step >= 0))
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -125,12 +126,12 @@ def _installed(package: str) -> bool:
 
 
 class _TensorBoard:
-    """Scalars in the run's folder `tensorboard`."""
+    """Scalars in the run's folder `tensorboard`; of those that are there none from `first_step` on is shown."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, first_step: int):
         from tensorboardX import SummaryWriter  # type: ignore[import-not-found]
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
+        self._writer = SummaryWriter(str(folder / "tensorboard"), flush_secs=10, purge_step=first_step)
 
     def write(self, kind: str, step: int, row: Mapping[str, Any]) -> None:
         for key, value in _scalars(row):
@@ -143,10 +144,16 @@ class _TensorBoard:
 class _Wandb:
     """A run of the project policy-split-jax, gone on with when the run is resumed."""
 
-    def __init__(self, folder: Path, name: str):
+    def __init__(self, folder: Path, name: str, goes_on: bool):
         import wandb  # type: ignore[import-not-found]
 
-        self._run = wandb.init(project="policy-split-jax", name=name, dir=str(folder), resume="allow", id=name)
+        # Not the name, which runs of other folders may have too.
+        path = folder / "wandb_id"
+        if not (goes_on and path.is_file()):
+            with whole_file(path) as file:
+                file.write(secrets.token_hex(8))
+        found = path.read_text()
+        self._run = wandb.init(project="policy-split-jax", name=name, dir=str(folder), resume="allow", id=found)
 
     def write(self, kind: str, step: int, row: Mapping[str, Any]) -> None:
         self._run.log({f"{kind}/{key}": value for key, value in _scalars(row)}, step=step)

@@ -8,7 +8,7 @@ import errno
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,12 +110,14 @@ class Checkpoints:
         raise UserError(f"{self._folder}: no checkpoint there can be read ({reasons}); {remedy}")
 
     def _read(self, step: int, wanted: Any) -> tuple[TrainState, Json]:
-        path, extra = self._folder / str(step), _read_extra(self._manager, step)
-        _check_origin(path, extra, self._run)
-        _check_arrays(path, extra, wanted)
+        path = self._folder / str(step)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-        found = _restored(self._manager, step, args)["state"]
-        _check_fingerprints(found, extra)
+        with _reader(self._folder) as manager:
+            extra = _agreed(lambda: _read_extra(manager, step))
+            _check_origin(path, extra, self._run)
+            _check_arrays(path, extra, wanted)
+            found = _agreed(lambda: _restored(manager, step, args)["state"])
+            _agreed(lambda: _check_fingerprints(found, extra))
         state = TrainState(**found)
         return state._replace(key=jax.random.wrap_key_data(state.key)), extra
 
@@ -156,6 +158,19 @@ def _storable(state: TrainState) -> dict[str, Any]:
 def _by_path(tree: Any) -> dict[str, int]:
     found = jax.device_get(tree)
     return {jax.tree_util.keystr(path): int(value) for path, value in jax.tree_util.tree_leaves_with_path(found)}
+
+
+def _agreed(read: Callable[[], Any]) -> Any:
+    """What this process reads; Damaged where it is for any process, so that all of them go on with the same step."""
+    found, reason = None, None
+    try:
+        found = read()
+    except Damaged as error:
+        reason = str(error)
+    for other in processes.gather(reason):
+        if other is not None:
+            raise Damaged(other)
+    return found
 
 
 def _restored(manager: ocp.CheckpointManager, step: int, args: Any) -> Any:
@@ -234,7 +249,11 @@ def latest_step(folder: Path) -> int | None:
 
 
 def _reader(folder: Path) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(folder.resolve(), options=ocp.CheckpointManagerOptions(read_only=True))
+    """Reads for this process alone: one that fails to must not leave the others waiting in the library."""
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+    options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=alone)
+    return ocp.CheckpointManager(folder.resolve(), options=options)
 
 
 def load_run_policy(run: Path) -> Policy:
@@ -267,10 +286,10 @@ def load_checkpoint_params(run: Path, policy: Policy, shardings: Any = None) -> 
     args = ocp.args.PyTreeRestore(item=wanted, restore_args=places, partial_restore=True)
     with _reader(folder) as manager:
         try:
-            extra = _read_extra(manager, step)
+            extra = _agreed(lambda: _read_extra(manager, step))
             _check_origin(folder / str(step), extra, {"model files": policy.digest})
-            found = _restored(manager, step, ocp.args.Composite(state=args))["state"]
-            _check_fingerprints(found, extra)
+            found = _agreed(lambda: _restored(manager, step, ocp.args.Composite(state=args))["state"])
+            _agreed(lambda: _check_fingerprints(found, extra))
         except Damaged as error:
             before = [other for other in manager.all_steps() if other < step]
             remedy = f"move it away to use step {max(before)}" if before else "there is none before it"

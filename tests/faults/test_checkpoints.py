@@ -218,6 +218,29 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint_and_says_so(trained, copy,
     assert rows(copy.folder) == rows(trained / "run")
 
 
+@pytest.fixture(scope="module")
+def trained_by_runs(runs):
+    output = runs.folder / "four-steps"
+    assert runs.finish(output, "train.steps=4", "train.save_every=2") == 0, (output / "err").read_text()
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["extra", "state", "bit"])
+def test_what_is_damaged_for_one_process_is_damaged_for_both(runs, trained_by_runs, tmp_path, what):
+    output = tmp_path / "output"
+    shutil.copytree(trained_by_runs, output)
+    second = [str(Path(__file__).with_name("other_disk.py")), what]
+    # No step is left after the second, so that nothing need be compiled.
+    both = runs.start_two(output, "train.steps=2", "train.save_every=2", second=second)
+    assert [process.wait(300) for process in both] == [0, 0], (output / "err").read_text()
+    said = (output / "out").read_text()
+    reason = r"\['step'\] is not what was saved" if what == "bit" else "the disk of this process"
+    assert re.search(rf"warning: checkpoint 4 is damaged, now in \S+: {reason}", " ".join(said.split()))
+    assert "resuming after step 2" in said
+    assert sorted(path.name for path in (output / "run" / "checkpoints").iterdir()) == ["2", "damaged"]
+
+
 def test_where_no_checkpoint_is_whole_nothing_is_touched(copy):
     for step in (2, 4):
         for path in files(copy.folder / "checkpoints" / str(step) / "state"):

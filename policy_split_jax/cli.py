@@ -2,7 +2,6 @@
 plan | compare | from-verl`."""
 
 import argparse
-import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,12 +9,10 @@ from typing import Any
 
 import policy_split_jax
 from policy_split_jax.access import TOKEN
-from policy_split_jax.errors import UserError
+from policy_split_jax.errors import PASSING, UserError
 
 _RUN_HELP = "PATH, or LABEL=PATH,PATH,... for runs that differ in their seed alone"
 _MODES = ("normal", "high-entropy", "both")
-# A file system on a network may be back at the next try, which the launchers make after any code but 2.
-_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A full disk, a folder without permission: nothing that a traceback would explain.
         place = f"{error.filename}: " if error.filename else ""
         print(f"policy-split: error: {place}{error.strerror or error}", file=sys.stderr)
-        return 1 if error.errno in _PASSING else 2
+        return 1 if error.errno in PASSING else 2
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

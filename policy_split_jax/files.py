@@ -1,5 +1,6 @@
 """Writing files whole or not at all, and finding out beforehand whether a file can be written."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -12,14 +13,36 @@ from policy_split_jax.errors import UserError
 
 @contextmanager
 def whole_file(path: Path, errors: str = "strict") -> Iterator[TextIO]:
-    """A text file that stands at `path` when the block ends well; otherwise what was there stays."""
+    """A text file that stands at `path` when the block ends well, also where the machine is lost thereafter; otherwise
+    what was there stays."""
     temporary = path.with_name(path.name + ".part")
     try:
         with temporary.open("w", encoding="utf-8", errors=errors, newline="\n") as file:
             yield file
+        sync(temporary)
         temporary.replace(path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Returns when what was written to a file will outlast the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """The same of the names in a folder, where the system can."""
+    try:
+        sync(path)
+    except OSError as error:
+        # Windows opens no folder, and some disks of a network sync none.
+        if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def write_json(path: Path, content: Any) -> None:

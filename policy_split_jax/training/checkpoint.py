@@ -4,9 +4,11 @@ The run's settings lie beside them, in config.yaml. Every array's fingerprint is
 when a checkpoint is read, whatever wrote, moved or stored it.
 """
 
+import errno
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,16 +17,25 @@ import jax
 import orbax.checkpoint as ocp
 
 from policy_split_jax import processes
-from policy_split_jax.errors import UserError
+from policy_split_jax.errors import PASSING, UserError
 from policy_split_jax.model.qwen3 import Params, abstract_params
 from policy_split_jax.model.sharding import placed
 from policy_split_jax.policy import Policy, load_policy, model_folder
 from policy_split_jax.training.fingerprint import fingerprints
 from policy_split_jax.training.state import TrainState
 
-FORMAT = 2
+FORMAT = 3
 DAMAGED = "damaged"
 """Where checkpoints are put that could not be read, beside the others."""
+
+# By what a read fails whatever was to be read: as the system numbers it, and as TensorStore and XLA call it.
+_HINDRANCES = PASSING | {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+_STATUS = {
+    "RESOURCE_EXHAUSTED": errno.ENOMEM,
+    "UNAVAILABLE": errno.EIO,
+    "DEADLINE_EXCEEDED": errno.ETIMEDOUT,
+    "PERMISSION_DENIED": errno.EACCES,
+}
 
 _NO_ROOM = ("No space left on device", "Disk quota exceeded", "File too large")
 
@@ -80,7 +91,7 @@ class Checkpoints:
 
         `like` gives shapes and types, and may be abstract (`jax.eval_shape`). Later ones that are damaged are moved to
         the folder `damaged`. Raises UserError where none is whole, and where the last one belongs to another run, model
-        or version.
+        or version; OSError where one cannot be read for now.
         """
         # Where each array goes is said here, not read from the file: the checkpoint may come from other devices.
         wanted = placed(jax.eval_shape(_storable, like), shardings._asdict())
@@ -95,15 +106,18 @@ class Checkpoints:
                     self._set_aside(damaged)
                 return Restored(step, state, extra, damaged)
         reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
-        raise UserError(f"{self._folder}: no checkpoint there can be read ({reasons}); put a copy there, or remove it")
+        remedy = "put a copy there, or remove the run's folder"
+        raise UserError(f"{self._folder}: no checkpoint there can be read ({reasons}); {remedy}")
 
     def _read(self, step: int, wanted: Any) -> tuple[TrainState, Json]:
-        path, extra = self._folder / str(step), _read_extra(self._manager, step)
-        _check_origin(path, extra, self._run)
-        _check_arrays(path, extra, wanted)
+        path = self._folder / str(step)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-        found = _restored(self._manager, step, args)["state"]
-        _check_fingerprints(found, extra)
+        with _reader(self._folder) as manager:
+            extra = _agreed(lambda: _read_extra(manager, step))
+            _check_origin(path, extra, self._run)
+            _check_arrays(path, extra, wanted)
+            found = _agreed(lambda: _restored(manager, step, args)["state"])
+            _agreed(lambda: _check_fingerprints(found, extra))
         state = TrainState(**found)
         return state._replace(key=jax.random.wrap_key_data(state.key)), extra
 
@@ -146,12 +160,46 @@ def _by_path(tree: Any) -> dict[str, int]:
     return {jax.tree_util.keystr(path): int(value) for path, value in jax.tree_util.tree_leaves_with_path(found)}
 
 
+def _agreed(read: Callable[[], Any]) -> Any:
+    """What this process reads; Damaged where it is for any process, so that all of them go on with the same step."""
+    found, reason = None, None
+    try:
+        found = read()
+    except Damaged as error:
+        reason = str(error)
+    for other in processes.gather(reason):
+        if other is not None:
+            raise Damaged(other)
+    return found
+
+
 def _restored(manager: ocp.CheckpointManager, step: int, args: Any) -> Any:
     try:
         return manager.restore(step, args=args)
     # What a damaged file does to the libraries that read it is anybody's guess.
     except Exception as error:
-        raise Damaged(" ".join(str(error).split())[:200] or type(error).__name__) from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if number := _hindrance(error):
+            message = f"could not be read ({reason}); nothing was changed, try again"
+            raise OSError(number, message, str(manager.directory / str(step))) from error
+        raise Damaged(reason) from error
+
+
+def _hindrance(error: BaseException | None) -> int | None:
+    """The number of what kept a checkpoint from being read and says nothing of it; None where it is the checkpoint."""
+    if error is None:
+        return None
+    number = error.errno if isinstance(error, OSError) else _said(error)
+    return number if number in _HINDRANCES else _hindrance(error.__cause__ or error.__context__)
+
+
+def _said(error: BaseException) -> int | None:
+    """The system's number in, or for, what a library raised."""
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM
+    if found := re.search(r"os_error_code='(\d+)'", str(error)):
+        return int(found[1])
+    return next((number for word, number in _STATUS.items() if word in str(error)), None)
 
 
 def _read_extra(manager: ocp.CheckpointManager, step: int) -> Json:
@@ -176,7 +224,7 @@ def _check_origin(path: Path, extra: Json, run: Mapping[str, str]) -> None:
         raise UserError(f"{path}: has format {extra['format']}, this version reads {FORMAT}; {remedy}")
     for what, digest in run.items():
         if extra["run"].get(what) != digest:
-            raise UserError(f"{path}: was saved with other {what}; put this run's own checkpoints there")
+            raise UserError(f"{path}: was saved with other {what}; put back this run's own {what}, or its checkpoints")
 
 
 def _check_arrays(path: Path, extra: Json, wanted: Any) -> None:
@@ -201,7 +249,11 @@ def latest_step(folder: Path) -> int | None:
 
 
 def _reader(folder: Path) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(folder.resolve(), options=ocp.CheckpointManagerOptions(read_only=True))
+    """Reads for this process alone: one that fails to must not leave the others waiting in the library."""
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+    options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=alone)
+    return ocp.CheckpointManager(folder.resolve(), options=options)
 
 
 def load_run_policy(run: Path) -> Policy:
@@ -234,10 +286,10 @@ def load_checkpoint_params(run: Path, policy: Policy, shardings: Any = None) -> 
     args = ocp.args.PyTreeRestore(item=wanted, restore_args=places, partial_restore=True)
     with _reader(folder) as manager:
         try:
-            extra = _read_extra(manager, step)
+            extra = _agreed(lambda: _read_extra(manager, step))
             _check_origin(folder / str(step), extra, {"model files": policy.digest})
-            found = _restored(manager, step, ocp.args.Composite(state=args))["state"]
-            _check_fingerprints(found, extra)
+            found = _agreed(lambda: _restored(manager, step, ocp.args.Composite(state=args))["state"])
+            _agreed(lambda: _check_fingerprints(found, extra))
         except Damaged as error:
             before = [other for other in manager.all_steps() if other < step]
             remedy = f"move it away to use step {max(before)}" if before else "there is none before it"

@@ -68,7 +68,7 @@ from policy_split_jax.training.guard import Guard, watch
 from policy_split_jax.training.metrics_log import MetricsLog
 from policy_split_jax.training.optimizer import make_optimizer, make_schedule
 from policy_split_jax.training.packing import pack_batch
-from policy_split_jax.training.run_folder import check_folder, identity, locked, make_folder
+from policy_split_jax.training.run_folder import check_folder, identity, locked, make_folder, renew_folder
 from policy_split_jax.training.state import TrainState, init_state, state_shardings
 from policy_split_jax.training.stop import Stopped, StopRequests
 from policy_split_jax.training.update import Update, UpdateConfig, make_update
@@ -138,6 +138,9 @@ class Trainer:
         return step == self.config.train.steps
 
     def _save(self) -> None:
+        if self.log is not None:
+            # Where the machine is lost, no checkpoint is there without the rows before it.
+            self.log.sync()
         self.checkpoints.save(self.position.step, self.state, self.position.to_json())
 
     def step(self, step: int) -> None:
@@ -308,13 +311,18 @@ def train(config: RunConfig, *, must_resume: bool = False) -> Path:
         GraderPool(reward.grader, reward.workers, reward.time_limit, reward.memory_limit_mb) as pool,
         _own_folder(config, run.policy, started_at),
     ):
-        whose = identity(config, run.policy, run.train_rows)
-        with Checkpoints(folder / "checkpoints", config.train.keep_checkpoints, whose) as checkpoints:
+        whose = identity(config, run.policy, run.train_rows, run.test_rows)
+        # Heard until the last checkpoint is written, which is when Checkpoints closes.
+        with (
+            StopRequests() as stop,
+            Checkpoints(folder / "checkpoints", config.train.keep_checkpoints, whose) as checkpoints,
+        ):
             state, position, damaged = _begin(run, checkpoints, started_at)
+            if processes.is_first() and started_at:
+                renew_folder(config, position.step)
             with (
                 _log(config, position) as log,
                 RunDisplay(config.train.steps, position.step, quiet=not processes.is_first()) as display,
-                StopRequests() as stop,
             ):
                 _announce(display, run, position.step, damaged)
                 _trainer(
@@ -380,12 +388,12 @@ def _trainer(run: _Prepared, **parts: Any) -> Trainer:
 
 @contextmanager
 def _own_folder(config: RunConfig, policy: Policy, started_at: int) -> Iterator[None]:
-    """The run's folder with what it begins with, locked by the first process."""
+    """The run's folder, locked by the first process; a new one with what it begins with."""
     # Nobody writes before everybody has looked.
     processes.wait_for_all("checked")
     with locked(config, started_at) if processes.is_first() else nullcontext():
-        if processes.is_first():
-            make_folder(config, policy, started_at)
+        if processes.is_first() and not started_at:
+            make_folder(config, policy)
         processes.wait_for_all("folder")
         yield
 

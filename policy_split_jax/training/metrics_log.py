@@ -2,6 +2,7 @@
 
 import json
 import math
+import secrets
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -9,7 +10,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from policy_split_jax.errors import UserError
-from policy_split_jax.files import whole_file
+from policy_split_jax.files import sync, sync_folder, whole_file
 
 
 class _Sink(Protocol):
@@ -40,9 +41,9 @@ class MetricsLog:
             _keep_until(path, last_step, evaluated)
         self._sinks: list[_Sink] = []
         if tensorboard:
-            self._sinks.append(_TensorBoard(folder))
+            self._sinks.append(_TensorBoard(folder, last_step + 1))
         if wandb:
-            self._sinks.append(_Wandb(folder, name))
+            self._sinks.append(_Wandb(folder, name, goes_on=last_step >= 0))
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -63,6 +64,19 @@ class MetricsLog:
     def samples(self, kind: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Rollouts worth reading."""
         _append(self._samples, [{"step": step, "kind": kind, **row} for row in rows])
+
+    def sync(self) -> None:
+        """Returns when all rows so far will outlast the machine."""
+        for path in (self._metrics, self._samples):
+            if path.is_file():
+                sync(path)
+        sync_folder(self._metrics.parent)
+
+
+def last_logged(path: Path) -> float:
+    """The last step that a run's metrics.jsonl has a row of; 0 where there is none."""
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    return max((step for step, _ in map(_place_of, lines) if step < math.inf), default=0)
 
 
 def plain_row(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,12 +126,12 @@ def _installed(package: str) -> bool:
 
 
 class _TensorBoard:
-    """Scalars in the run's folder `tensorboard`."""
+    """Scalars in the run's folder `tensorboard`; of those that are there none from `first_step` on is shown."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, first_step: int):
         from tensorboardX import SummaryWriter  # type: ignore[import-not-found]
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
+        self._writer = SummaryWriter(str(folder / "tensorboard"), flush_secs=10, purge_step=first_step)
 
     def write(self, kind: str, step: int, row: Mapping[str, Any]) -> None:
         for key, value in _scalars(row):
@@ -130,10 +144,16 @@ class _TensorBoard:
 class _Wandb:
     """A run of the project policy-split-jax, gone on with when the run is resumed."""
 
-    def __init__(self, folder: Path, name: str):
+    def __init__(self, folder: Path, name: str, goes_on: bool):
         import wandb  # type: ignore[import-not-found]
 
-        self._run = wandb.init(project="policy-split-jax", name=name, dir=str(folder), resume="allow", id=name)
+        # Not the name, which runs of other folders may have too.
+        path = folder / "wandb_id"
+        if not (goes_on and path.is_file()):
+            with whole_file(path) as file:
+                file.write(secrets.token_hex(8))
+        found = path.read_text()
+        self._run = wandb.init(project="policy-split-jax", name=name, dir=str(folder), resume="allow", id=found)
 
     def write(self, kind: str, step: int, row: Mapping[str, Any]) -> None:
         self._run.log({f"{kind}/{key}": value for key, value in _scalars(row)}, step=step)

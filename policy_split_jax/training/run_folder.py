@@ -4,7 +4,8 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -14,10 +15,11 @@ from policy_split_jax import config as settings
 from policy_split_jax.config import RunConfig
 from policy_split_jax.data.formats import Row
 from policy_split_jax.errors import UserError
-from policy_split_jax.files import whole_file
+from policy_split_jax.files import sync, sync_folder, whole_file
 from policy_split_jax.policy import Policy, copy_policy_files
 from policy_split_jax.training.checkpoint import latest_step
 from policy_split_jax.training.guard import GuardConfig
+from policy_split_jax.training.metrics_log import last_logged
 
 LOCK = ".lock"
 
@@ -31,7 +33,8 @@ _FREE = {"name", "output", "train.steps", "train.save_every", "train.eval_every"
 def check_folder(config: RunConfig, started_at: int, must_resume: bool) -> None:
     """Raises UserError unless the run's folder is new, or of this run; changes nothing.
 
-    A run that never reached a checkpoint starts afresh, and may do so with other settings.
+    A run that never reached a checkpoint starts afresh, and may do so with other settings; one whose checkpoints are
+    gone is not begun anew.
     """
     folder, path = config.folder, config.folder / "config.yaml"
     if must_resume and not started_at:
@@ -43,12 +46,24 @@ def check_folder(config: RunConfig, started_at: int, must_resume: bool) -> None:
             raise UserError(f"{folder}: not empty and not a run's folder; choose another name (name=...)")
         return
     found, wanted = settings.read_tree(path), settings.to_dict(config)
+    if not started_at and (trace := _trace_of_checkpoints(folder, _get(found, "train.save_every"))):
+        remedy = "put them back, choose another name (name=...) or remove the folder"
+        raise UserError(f"{trace}: this run had checkpoints, and none is in {folder / 'checkpoints'}; {remedy}")
     changed = [key for key in _fixed_keys() if _get(found, key) != _get(wanted, key)]
     if started_at and changed:
         raise UserError(
             f"{path}: this run was started with another {', '.join(changed[:3])}; "
             "choose another name (name=...) or remove the folder"
         )
+
+
+def _trace_of_checkpoints(folder: Path, save_every: int | None) -> Path | None:
+    """The file that says that a run had a checkpoint; None where it may have had none."""
+    summary, metrics = folder / "summary.json", folder / "metrics.jsonl"
+    if summary.is_file():
+        return summary
+    # The second save waits until the first is written, and the steps after it come later.
+    return metrics if save_every and last_logged(metrics) > 2 * save_every else None
 
 
 @contextmanager
@@ -71,31 +86,59 @@ def locked(config: RunConfig, started_at: int) -> Iterator[None]:
         yield
 
 
-def make_folder(config: RunConfig, policy: Policy, started_at: int) -> None:
-    """Writes what a run's folder begins with: config.yaml first, which marks the folder as a run's."""
-    folder = config.folder
-    with whole_file(folder / "config.yaml") as file:
-        yaml.safe_dump(settings.to_dict(config), file, sort_keys=False, allow_unicode=True)
-    if not started_at:
-        copy_policy_files(policy, folder / "model")
-    if started_at < config.train.steps:
+def make_folder(config: RunConfig, policy: Policy) -> None:
+    """Writes what a new run's folder begins with: config.yaml first, which marks the folder as a run's."""
+    _write_settings(config)
+    model = config.folder / "model"
+    copy_policy_files(policy, model)
+    for path in model.iterdir():
+        sync(path)
+    sync_folder(model)
+
+
+def renew_folder(config: RunConfig, step: int) -> None:
+    """Writes what changes in the folder of a run that goes on after `step`."""
+    _write_settings(config)
+    if step < config.train.steps:
         # It would say that the run is over.
-        (folder / "summary.json").unlink(missing_ok=True)
+        (config.folder / "summary.json").unlink(missing_ok=True)
 
 
-def identity(config: RunConfig, policy: Policy, rows: Sequence[Row]) -> dict[str, str]:
-    """Digests of what a run's checkpoints mean nothing without; `rows` are the questions that it trains on."""
+def _write_settings(config: RunConfig) -> None:
+    with whole_file(config.folder / "config.yaml") as file:
+        yaml.safe_dump(settings.to_dict(config), file, sort_keys=False, allow_unicode=True)
+
+
+def identity(config: RunConfig, policy: Policy, train_rows: Sequence[Row], test_rows: Sequence[Row]) -> dict[str, str]:
+    """Digests of what a run's checkpoints and figures mean nothing without."""
     tree = settings.to_dict(config)
-    fixed = {key: _get(tree, key) for key in _fixed_keys()}
-    questions = hashlib.sha256()
+    return {
+        "settings": _digest({key: _get(tree, key) for key in _fixed_keys()}),
+        "model files": policy.digest,
+        "stop tokens": _digest(policy.stop_ids),
+        "prompts": _digest(asdict(policy.prompts)),
+        "questions": _digest_of_rows(train_rows),
+        "test questions": _digest_of_rows(test_rows),
+        "reward code": _digest_of_reward(config.reward.grader),
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _digest_of_rows(rows: Sequence[Row]) -> str:
+    found = hashlib.sha256()
     for row in rows:
         content = [row.question, row.ground_truth, row.data_source, row.extra_info]
-        questions.update(json.dumps(content, sort_keys=True, default=str).encode())
-    return {
-        "settings": hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest(),
-        "model files": policy.digest,
-        "questions": questions.hexdigest(),
-    }
+        found.update(json.dumps(content, sort_keys=True, default=str).encode())
+    return found.hexdigest()
+
+
+def _digest_of_reward(grader: str) -> str:
+    """Of the content of a user's file; "" for our own graders, and for a module, whose file only importing it tells."""
+    place = grader.rpartition(":")[0]
+    return hashlib.sha256(Path(place).read_bytes()).hexdigest() if place.endswith(".py") else ""
 
 
 def _fixed_keys() -> list[str]:

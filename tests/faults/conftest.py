@@ -2,10 +2,11 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,10 @@ class Runs:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
 
-    def start(self, output: Path, *overrides: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "policy_split_jax.cli", "train", str(self._config), f"output={output}"]
+    def start(
+        self, output: Path, *overrides: str, program: Sequence[str] = ("-m", "policy_split_jax.cli")
+    ) -> "subprocess.Popen[str]":
+        command = [sys.executable, *program, "train", str(self._config), f"output={output}"]
         output.mkdir(exist_ok=True)
         # In files: nobody reads while the run goes on, and a full pipe would stop it.
         with (output / "out").open("a") as out, (output / "err").open("a") as err:
@@ -51,6 +54,17 @@ class Runs:
     def finish(self, output: Path, *overrides: str) -> int:
         """The exit code of a run that is let alone."""
         return self.start(output, *overrides).wait(600)
+
+    def start_two(
+        self, output: Path, *overrides: str, second: Sequence[str] = ("-m", "policy_split_jax.cli")
+    ) -> "list[subprocess.Popen[str]]":
+        """Two processes of one run; the other one may be another program."""
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+        where = ("--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process-id")
+        first = self.start(output, *overrides, *where, "0")
+        return [first, self.start(output, *overrides, *where, "1", program=second)]
 
     @staticmethod
     def wait_for(output: Path, text: str, process: "subprocess.Popen[str]", seconds: float = 300.0) -> None:

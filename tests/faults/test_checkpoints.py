@@ -1,15 +1,20 @@
 """Damaged, foreign and half-written checkpoints: found, named, and the last whole one taken."""
 
+import errno
 import json
+import os
 import random
 import re
 import shutil
+import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from policy_split_jax import config as settings
@@ -18,11 +23,13 @@ from policy_split_jax.config import RunConfig
 from policy_split_jax.errors import UserError
 from policy_split_jax.model.qwen3 import abstract_params
 from policy_split_jax.policy import load_policy
-from policy_split_jax.training.checkpoint import Checkpoints, load_run
-from policy_split_jax.training.loop import run_mesh, train
+from policy_split_jax.training import metrics_log
+from policy_split_jax.training.checkpoint import Checkpoints, latest_step, load_run
+from policy_split_jax.training.loop import Trainer, run_mesh, train
 from policy_split_jax.training.optimizer import make_optimizer
 from policy_split_jax.training.run_folder import check_folder, locked
 from policy_split_jax.training.state import init_state, state_shardings
+from policy_split_jax.training.stop import Stopped
 
 # The checkpoint library warns of its own deprecations, and leaves what it was at when a file was damaged.
 pytestmark = [
@@ -211,6 +218,29 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint_and_says_so(trained, copy,
     assert rows(copy.folder) == rows(trained / "run")
 
 
+@pytest.fixture(scope="module")
+def trained_by_runs(runs):
+    output = runs.folder / "four-steps"
+    assert runs.finish(output, "train.steps=4", "train.save_every=2") == 0, (output / "err").read_text()
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["extra", "state", "bit"])
+def test_what_is_damaged_for_one_process_is_damaged_for_both(runs, trained_by_runs, tmp_path, what):
+    output = tmp_path / "output"
+    shutil.copytree(trained_by_runs, output)
+    second = [str(Path(__file__).with_name("other_disk.py")), what]
+    # No step is left after the second, so that nothing need be compiled.
+    both = runs.start_two(output, "train.steps=2", "train.save_every=2", second=second)
+    assert [process.wait(300) for process in both] == [0, 0], (output / "err").read_text()
+    said = (output / "out").read_text()
+    reason = r"\['step'\] is not what was saved" if what == "bit" else "the disk of this process"
+    assert re.search(rf"warning: checkpoint 4 is damaged, now in \S+: {reason}", " ".join(said.split()))
+    assert "resuming after step 2" in said
+    assert sorted(path.name for path in (output / "run" / "checkpoints").iterdir()) == ["2", "damaged"]
+
+
 def test_where_no_checkpoint_is_whole_nothing_is_touched(copy):
     for step in (2, 4):
         for path in files(copy.folder / "checkpoints" / str(step) / "state"):
@@ -218,11 +248,70 @@ def test_where_no_checkpoint_is_whole_nothing_is_touched(copy):
     before = {path: path.read_bytes() for path in files(copy.folder) if path.name != ".lock"}
     with pytest.raises(UserError, match=r"no checkpoint there can be read \(step 4: .*; step 2: "):
         train(replace(copy, train=replace(copy.train, steps=6)))
-    after = {path: path.read_bytes() for path in files(copy.folder) if path.name != ".lock"}
-    assert {path: content for path, content in after.items() if before.get(path) != content}.keys() <= {
-        copy.folder / "config.yaml"
-    }
-    assert before.keys() - after.keys() <= {copy.folder / "summary.json"}
+    assert {path: path.read_bytes() for path in files(copy.folder) if path.name != ".lock"} == before
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (OSError(errno.EIO, "Input/output error"), errno.EIO),
+        (OSError(errno.ESTALE, "Stale file handle"), errno.ESTALE),
+        (PermissionError(errno.EACCES, "Permission denied"), errno.EACCES),
+        (ValueError("UNKNOWN: Error reading local file \"d/0\": Input/output error [os_error_code='5']"), errno.EIO),
+        (ValueError("RESOURCE_EXHAUSTED: Too many open files [os_error_code='24']"), errno.EMFILE),
+        (MemoryError(), errno.ENOMEM),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes."), errno.ENOMEM),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: socket closed"), errno.EIO),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_cannot_be_read_for_now_is_not_damaged(trained, reader, monkeypatch, error, number, wrapped):
+    def restore(self, step, args):
+        if wrapped:
+            raise ValueError("Could not load") from error
+        raise error
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", restore)
+    folder = trained / "run" / "checkpoints"
+    with pytest.raises(OSError, match=r"could not be read .*; nothing was changed, try again") as found:
+        reader.restore(folder)
+    assert (found.value.errno, found.value.filename) == (number, str(folder.resolve() / "4"))
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "4"]
+
+
+def test_a_model_that_cannot_be_read_for_now_is_one_line_and_exit_code_1(trained, monkeypatch, capsys):
+    def restore(self, step, args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", restore)
+    assert main(["eval", "--checkpoint", str(trained / "run"), "--questions", "1", "--k", "1"]) == 1
+    assert capsys.readouterr().err == (
+        f"policy-split: error: {(trained / 'run' / 'checkpoints').resolve()}/4: could not be read "
+        "([Errno 5] Input/output error); nothing was changed, try again\n"
+    )
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(copy, over):
+    """They were deleted, or lie on a disk that is not mounted; the run may be over or not."""
+    shutil.rmtree(copy.folder / "checkpoints")
+    if not over:
+        (copy.folder / "summary.json").unlink()
+        with (copy.folder / "metrics.jsonl").open("a") as file:
+            file.write('{"kind": "train", "step": 5}\n{"kind": "trai')
+    before = {path: path.read_bytes() for path in files(copy.folder)}
+    name = "summary.json" if over else "metrics.jsonl"
+    with pytest.raises(UserError, match=rf"/{name}: this run had checkpoints, and none is in \S+/checkpoints; put"):
+        train(copy)
+    assert {path: path.read_bytes() for path in files(copy.folder)} == before
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_was_whole_begins_anew(copy):
+    """The second save waits for the first, so that two saves' steps say nothing of a whole checkpoint."""
+    shutil.rmtree(copy.folder / "checkpoints")
+    (copy.folder / "summary.json").unlink()
+    assert [row["step"] for row in map(json.loads, (copy.folder / "metrics.jsonl").open())] == [0, 1, 2, 3, 4, 4]
+    check_folder(copy, 0, False)
 
 
 def test_a_damaged_model_is_not_evaluated(copy, capsys):
@@ -248,21 +337,28 @@ def edited(config, change):
 
 
 @pytest.mark.parametrize(
-    ("number", "remedy"), [(1, "use the older version, or start the run anew"), (99, "use the newer version")]
+    ("number", "remedy"),
+    [
+        (1, "use the older version, or start the run anew"),
+        (2, "use the older version, or start the run anew"),
+        (99, "use the newer version"),
+    ],
 )
 def test_another_format_is_refused(copy, number, remedy):
     edited(copy, lambda content: content.update(format=number))
-    with pytest.raises(UserError, match=f"checkpoints/4: has format {number}, this version reads 2; {remedy}"):
+    with pytest.raises(UserError, match=f"checkpoints/4: has format {number}, this version reads 3; {remedy}"):
         train(copy)
     with pytest.raises(UserError, match=f"has format {number}"):
         load_run(copy.folder)
     assert (copy.folder / "checkpoints" / "4").is_dir()
 
 
-@pytest.mark.parametrize("what", ["settings", "model files", "questions"])
+@pytest.mark.parametrize(
+    "what", ["settings", "model files", "stop tokens", "prompts", "questions", "test questions", "reward code"]
+)
 def test_a_checkpoint_of_another_run_is_refused(copy, what):
     edited(copy, lambda content: content["run"].update({what: "0"}))
-    with pytest.raises(UserError, match=f"checkpoints/4: was saved with other {what}; put this run's own"):
+    with pytest.raises(UserError, match=f"checkpoints/4: was saved with other {what}; put back this run's own"):
         train(copy)
     assert (copy.folder / "checkpoints" / "4").is_dir()
 
@@ -277,6 +373,60 @@ def test_another_vocabulary_is_refused(copy):
         train(copy)
     with pytest.raises(UserError, match="was saved with other model files"):
         load_run(copy.folder)
+
+
+def test_rows_are_on_the_disk_before_the_checkpoint_after_them_is_saved(copy, monkeypatch):
+    events, save, append = [], Checkpoints.save, metrics_log._append
+    monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(metrics_log, "_append", lambda path, rows: (events.append("rows"), append(path, rows)))
+    monkeypatch.setattr(Checkpoints, "save", lambda self, *what: (events.append("save"), save(self, *what)))
+    train(replace(copy, train=replace(copy.train, steps=5)))
+    saved = events.index("save")
+    written = max(at for at in range(saved) if events[at] == "rows")
+    paths = (copy.folder / "metrics.jsonl", copy.folder / "samples.jsonl", copy.folder)
+    assert events[written + 1 : saved] == [path.stat().st_ino for path in paths]
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_signal_while_the_last_checkpoint_is_written_does_not_end_the_run(copy, asked, monkeypatch):
+    """At the end of the run, and where it was asked to stop before."""
+    close, step, ended = Checkpoints.close, Trainer.step, []
+
+    def late(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        close(self)
+
+    def early(self, number):
+        step(self, number)
+        if asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Checkpoints, "close", late)
+    monkeypatch.setattr(Trainer, "step", early)
+    before = signal.signal(signal.SIGTERM, lambda *unused: ended.append("killed"))
+    try:
+        with pytest.raises(Stopped) if asked else nullcontext():
+            train(replace(copy, train=replace(copy.train, steps=5)))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended == []
+    assert latest_step(copy.folder / "checkpoints") == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "what"),
+    [
+        ("generation_config.json", '"eos_token_id": [', '"eos_token_id": [7, ', "stop tokens"),
+        ("policy_split.json", "High-entropy mode.", "Another mode.", "prompts"),
+    ],
+)
+def test_what_a_run_reads_again_is_that_which_it_began_with(copy, name, old, new, what):
+    path = copy.folder / "model" / name
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(UserError, match=f"checkpoints/4: was saved with other {what}"):
+        train(copy)
 
 
 def test_a_second_run_in_a_folder_is_refused(copy):

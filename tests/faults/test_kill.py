@@ -9,7 +9,8 @@ import time
 import pytest
 
 STEPS = ("train.steps=40", "train.save_every=2", "train.eval_every=10")
-KILLS = 30
+# 30 at a random moment, 10 while saving, 2 while reporting.
+KILLS = 42
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +42,15 @@ def until(process, holds):
 
 
 def assert_same(runs, folder, other):
-    """Every row once, and each of its figures to the last bit."""
+    """Every row once, and each of its figures to the last bit, and so what the last checkpoint holds."""
     assert runs.rows(folder) == runs.rows(other)
     assert runs.rows(folder, "samples.jsonl") == runs.rows(other, "samples.jsonl")
+    assert saved(folder) == saved(other)
+    assert last_checkpoint(folder) == last_checkpoint(other)
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_thirty_times_is_the_undisturbed_run(runs, undisturbed, figure):
+def test_a_run_that_is_killed_again_and_again_times_is_the_undisturbed_run(runs, undisturbed, figure):
     other, seconds = undisturbed
     draw, folder = random.Random(0), runs.folder / "killed"
     shutil.rmtree(folder, ignore_errors=True)
@@ -56,7 +59,7 @@ def test_a_run_that_is_killed_thirty_times_is_the_undisturbed_run(runs, undistur
     while sum(moments.values()) < KILLS:
         # The end of the run is near when all other kills are done.
         left = KILLS - sum(moments.values())
-        moment = while_reporting if left <= 2 else while_saving if left % 3 == 0 else at_a_random_moment
+        moment = while_reporting if left <= 2 else while_saving if left % 4 == 0 else at_a_random_moment
         before = last_row(folder)
         process = runs.start(folder, *STEPS)
         moment(folder, process, draw, seconds / 3)
@@ -75,7 +78,8 @@ def test_a_run_that_is_killed_thirty_times_is_the_undisturbed_run(runs, undistur
     assert max(lost) <= 2
     counts = ", ".join(f"{count} {moment.__name__.replace('_', ' ')}" for moment, count in moments.items())
     figure(
-        f"{KILLS} kills ({counts}): metrics and samples of all 40 steps equal those of the undisturbed run bit for bit"
+        f"{KILLS} kills ({counts}): metrics and samples of all 40 steps, and the last checkpoint's fingerprints, equal "
+        "those of the undisturbed run bit for bit"
     )
 
 
@@ -93,6 +97,11 @@ def saved(folder):
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
+def last_checkpoint(folder):
+    """What it says of its arrays, by their fingerprints, and all else that a run goes on from."""
+    return json.loads((folder / "run" / "checkpoints" / str(saved(folder)) / "extra" / "metadata").read_text())
+
+
 @pytest.mark.slow
 def test_the_same_seed_is_the_same_run(runs, undisturbed, figure):
     other, _ = undisturbed
@@ -102,6 +111,7 @@ def test_the_same_seed_is_the_same_run(runs, undisturbed, figure):
     third = runs.folder / "another-seed"
     assert runs.finish(third, *STEPS, "train.seed=1") == 0
     assert runs.rows(third) != runs.rows(other)
+    assert last_checkpoint(third)["fingerprints"] != last_checkpoint(other)["fingerprints"]
     figure("two runs of the same seed: 40 steps and 5 evaluations equal bit for bit")
 
 

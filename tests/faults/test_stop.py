@@ -2,7 +2,6 @@
 
 import re
 import signal
-import socket
 import time
 
 import pytest
@@ -74,11 +73,7 @@ def test_the_second_interrupt_ends_at_once(runs, tmp_path, figure):
 @pytest.mark.slow
 def test_two_processes_stop_together(runs, undisturbed, tmp_path, figure):
     """Only the second one gets SIGTERM; both save the same step, and one process goes on from it."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    where = ("--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process-id")
-    both = [runs.start(tmp_path, *STEPS, *where, str(number)) for number in range(2)]
+    both = runs.start_two(tmp_path, *STEPS)
     runs.wait_for(tmp_path, "step 2/8", both[0])
     both[1].send_signal(signal.SIGTERM)
     started = time.monotonic()

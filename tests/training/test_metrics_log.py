@@ -20,16 +20,15 @@ def written(folder, name="metrics.jsonl"):
     return [json.loads(line) for line in (folder / name).read_bytes().splitlines()]
 
 
-def tensorboard_scalars(folder):
-    """(tag, step, value) of every scalar; a record is its length (8 bytes), a checksum (4), data, a checksum (4)."""
+def tensorboard_events(folder):
+    """A record is its length (8 bytes), a checksum (4), data, a checksum (4)."""
     from tensorboardX.proto.event_pb2 import Event
 
     (path,) = (folder / "tensorboard").iterdir()
     content, at = path.read_bytes(), 0
     while at < len(content):
         (size,) = struct.unpack_from("<Q", content, at)
-        event = Event.FromString(content[at + 12 : at + 12 + size])
-        yield from ((value.tag, event.step, value.simple_value) for value in event.summary.value)
+        yield Event.FromString(content[at + 12 : at + 12 + size])
         at += size + 16
 
 
@@ -69,28 +68,56 @@ def test_tensorboard_gets_the_same_figures(tmp_path):
     with log_of(tmp_path, tensorboard=True) as log:
         log.row("train", 1, {"loss": 0.5, "grader/failed": 3, "bad": float("nan")})
         log.row("eval", 2, {"accuracy/normal": 0.25})
-    assert list(tensorboard_scalars(tmp_path)) == [
+    events = tensorboard_events(tmp_path)
+    assert [(value.tag, event.step, value.simple_value) for event in events for value in event.summary.value] == [
         ("train/loss", 1, 0.5),
         ("train/grader/failed", 1, 3.0),
         ("eval/accuracy/normal", 2, 0.25),
     ]
 
 
-def test_wandb_gets_the_same_figures(tmp_path, monkeypatch):
-    logged, started, finished = [], {}, []
+@pytest.mark.parametrize(("last_step", "first"), [(-1, 0), (2, 3)])
+def test_tensorboard_shows_no_step_twice(tmp_path, last_step, first):
+    """It drops what other files of the folder have from the step on that a session starts with."""
+    pytest.importorskip("tensorboardX")
+    with log_of(tmp_path, last_step=last_step, tensorboard=True):
+        pass
+    sessions = [event for event in tensorboard_events(tmp_path) if event.HasField("session_log")]
+    assert [(event.step, event.session_log.status) for event in sessions] == [(first, 1)]
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """Stands in for the package, and keeps what it is told."""
+    found = SimpleNamespace(started=[], logged=[], finished=0)
 
     def init(**options):
-        started.update(options)
-        return SimpleNamespace(
-            log=lambda values, step: logged.append((step, values)), finish=lambda: finished.append(True)
-        )
+        found.started.append(options)
+        return SimpleNamespace(log=lambda values, step: found.logged.append((step, values)), finish=finish)
+
+    def finish():
+        found.finished += 1
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    return found
+
+
+def test_wandb_gets_the_same_figures(tmp_path, wandb):
     with log_of(tmp_path, wandb=True) as log:
         log.row("train", 4, {"loss": 0.5})
-    assert finished == [True]
-    assert logged == [(4, {"train/loss": 0.5})]
-    assert (started["name"], started["id"], started["resume"]) == ("run", "run", "allow")
+    assert wandb.finished == 1
+    assert wandb.logged == [(4, {"train/loss": 0.5})]
+    assert (wandb.started[0]["name"], wandb.started[0]["resume"]) == ("run", "allow")
+
+
+def test_wandb_knows_a_run_again_and_no_other_of_its_name(tmp_path, wandb):
+    """One that goes on, one that begins in the same folder, and one of another folder."""
+    for folder, last_step in (("a", -1), ("a", 2), ("a", -1), ("b", -1)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        log_of(tmp_path / folder, last_step=last_step, wandb=True)
+    first, again, anew, other = (options["id"] for options in wandb.started)
+    assert first == again
+    assert len({first, anew, other}) == 3
 
 
 @pytest.mark.parametrize(("switch", "module"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])

@@ -9,7 +9,8 @@ from typing import Any
 
 import policy_split_jax
 from policy_split_jax.access import TOKEN
-from policy_split_jax.errors import PASSING, UserError
+from policy_split_jax.errors import UserError
+from policy_split_jax.files import PASSING
 
 _RUN_HELP = "PATH, or LABEL=PATH,PATH,... for runs that differ in their seed alone"
 _MODES = ("normal", "high-entropy", "both")

@@ -1,9 +1,4 @@
-"""The one exception that a user sees, and which of the system's may pass."""
-
-import errno
-
-PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN}
-"""Numbers of an `OSError` that may be gone at the next try, which the launchers make after any exit code but 2."""
+"""The one exception that a user sees."""
 
 
 class UserError(Exception):

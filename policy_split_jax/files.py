@@ -10,6 +10,9 @@ from typing import Any, TextIO
 
 from policy_split_jax.errors import UserError
 
+PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN}
+"""Numbers of an `OSError` that may be gone at the next try, which the launchers make after any exit code but 2."""
+
 
 @contextmanager
 def whole_file(path: Path, errors: str = "strict") -> Iterator[TextIO]:

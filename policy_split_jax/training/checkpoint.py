@@ -17,7 +17,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from policy_split_jax import processes
-from policy_split_jax.errors import PASSING, UserError
+from policy_split_jax.errors import UserError
+from policy_split_jax.files import PASSING
 from policy_split_jax.model.qwen3 import Params, abstract_params
 from policy_split_jax.model.sharding import placed
 from policy_split_jax.policy import Policy, load_policy, model_folder

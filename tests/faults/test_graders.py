@@ -344,12 +344,12 @@ def compute_score(data_source, solution_str, ground_truth, extra_info):
 
 NAMED = {
     "raise": "KeyError: 'lost'",
-    "nan": "returned nan, not a finite number",
-    "inf": "returned -inf, not a finite number",
+    "nan": "returned nan, not a number between -1e+09 and 1e+09",
+    "inf": "returned -inf, not a number between -1e+09 and 1e+09",
     "string": "returned str, not a number",
     "none": "returned NoneType, not a number",
     "dict": 'returned a dict without the key "score"',
-    "huge": "returned inf, not a finite number",
+    "huge": "returned inf, not a number between -1e+09 and 1e+09",
     "recursion": "RecursionError: maximum recursion depth exceeded",
     "sys.exit": "SystemExit: 3",
     "memory": "MemoryError",
@@ -544,5 +544,5 @@ def test_a_run_counts_the_rollouts_that_a_reward_fails_and_goes_on(reward: Path,
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     errors = {row["grader_error"] for row in samples}
     assert f"KeyError: 'lost' ({tmp_path / 'by_turns.py'}:6)" in errors
-    assert f"returned nan, not a finite number ({tmp_path / 'by_turns.py'}:2)" in errors
+    assert f"returned nan, not a number between -1e+09 and 1e+09 ({tmp_path / 'by_turns.py'}:2)" in errors
     assert {"the grader process died (exit code 3)", "the grader process died (signal 9)", None} <= errors

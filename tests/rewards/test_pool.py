@@ -91,7 +91,7 @@ def test_failures_have_no_score_and_neighbours_keep_theirs(reward: str):
         "segfault": r"the grader process died \(signal 11\)",
         "sys.exit": rf"SystemExit: bye \(.*my_reward.py:{line('sys.exit(')}\)",
         "memory": rf"MemoryError \(.*my_reward.py:{line('bytearray')}\)",
-        "nan": rf"returned nan, not a finite number \(.*my_reward.py:{line('def compute_score')}\)",
+        "nan": rf"returned nan, not a number between -1e\+09 and 1e\+09 \(.*my_reward.py:{line('def compute_score')}\)",
         "str": rf"returned str, not a number \(.*my_reward.py:{line('def compute_score')}\)",
         "none": rf"returned NoneType, not a number \(.*my_reward.py:{line('def compute_score')}\)",
         "text": "could not convert string to float",

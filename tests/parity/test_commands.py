@@ -39,6 +39,7 @@ def test_rollouts_are_compared(dumped, tmp_path, capsys):
     assert quarters == [(modes[0],) * 2, (modes[1],) * 2, modes, modes[::-1]]
 
 
+@pytest.mark.slow
 def test_a_step_on_rollouts_of_a_file(dumped, tmp_path, capsys):
     given = ["--rollouts", str(dumped / "rollouts" / "2.jsonl"), "--model", str(model_folder(EMBEDDED))]
     options = ["--variant", "grpo", "--dtype", "float32", "--steps", "1", "--output", str(tmp_path / "found.json")]

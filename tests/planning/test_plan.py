@@ -61,6 +61,7 @@ def test_a_plan_that_fits(here, capsys):
     assert found["step_seconds"]["update"] == programs["update"]["seconds"]
 
 
+@pytest.mark.slow
 def test_packed_rows_cost_what_the_mean_response_costs(here, capsys):
     flops = []
     for mean in (2, 10):
@@ -90,6 +91,7 @@ def test_a_plan_that_does_not_fit_says_what_to_change(here, monkeypatch, capsys,
     assert setting in " ".join(shown.out.split())
 
 
+@pytest.mark.slow
 def test_fewer_slots_are_as_many_as_fit(here, monkeypatch, capsys):
     """The remedy, followed, helps."""
     monkeypatch.setitem(CHIPS, "toy", Chip("toy", 1e12, 40 << 20, 1e11, 1e10, "nowhere"))

@@ -371,6 +371,7 @@ def test_each_prompt_has_its_own_settings(params, make, free):
     assert_same(make()(params, make_prompts(), each)[2:3], greedy)
 
 
+@pytest.mark.slow
 def test_decoding_reads_no_more_cache_than_the_longest_live_rollout_needs(config, params, make, monkeypatch):
     """One rollout of 1,000 tokens beside short ones: the cache grows with it, and rollouts stay the same."""
     limits = [1000, 5, 5, 5]

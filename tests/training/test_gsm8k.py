@@ -59,7 +59,7 @@ def records(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("preset", ["paper", "released"])
+@pytest.mark.parametrize("preset", ["paper", pytest.param("released", marks=pytest.mark.slow)])
 def test_a_converted_run_trains_two_steps(model, parquet, tmp_path, preset, capsys):
     given = {
         "data.train_files": parquet["train"],

@@ -152,7 +152,14 @@ def step(params, batch, packing=None, **chosen):
 
 
 @pytest.mark.parametrize(
-    "chosen", [{}, {"two_pass": True}, {"updates_per_step": 2}, {"objective": "grpo"}], ids=lambda chosen: str(chosen)
+    "chosen",
+    [
+        {},
+        {"two_pass": True},
+        pytest.param({"updates_per_step": 2}, marks=pytest.mark.slow),
+        pytest.param({"objective": "grpo"}, marks=pytest.mark.slow),
+    ],
+    ids=lambda chosen: str(chosen),
 )
 def test_loss_gradient_and_metrics_are_those_of_padded_rows(batch, params, chosen):
     """Steps of SGD are the gradients: equal to 1e-5, so the parameters to that times the rate."""

@@ -100,6 +100,7 @@ def rewarded(tokenizer, puzzle, answer):
     return score(tokenizer.decode(answer, skip_special_tokens=True), walk.ground_truth(puzzle))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_folder_of_the_other_task(tmp_path):
     folder = warm_up(walk_recipe(tmp_path / "model"))

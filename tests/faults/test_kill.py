@@ -75,11 +75,12 @@ def test_a_run_that_is_killed_again_and_again_times_is_the_undisturbed_run(runs,
     assert_same(runs, folder, other)
     assert (folder / "run" / "report.html").is_file()
     assert not list((folder / "run").glob("*.part"))
-    assert max(lost) <= 2
+    # Saves of 2 steps apart, and the one before may still be being written until the next one begins.
+    assert max(lost) < 2 * 2
     counts = ", ".join(f"{count} {moment.__name__.replace('_', ' ')}" for moment, count in moments.items())
     figure(
         f"{KILLS} kills ({counts}): metrics and samples of all 40 steps, and the last checkpoint's fingerprints, equal "
-        "those of the undisturbed run bit for bit"
+        "those of the undisturbed run bit for bit; at most {max(lost)} logged steps were made again"
     )
 
 

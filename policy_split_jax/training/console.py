@@ -51,6 +51,8 @@ class RunDisplay:
             transient=True,
         )
         self._run = self._progress.add_task("training", total=steps, completed=done)
+        # One for all phases: columns keep what they last showed of every task, also of those that are gone.
+        self._phase = self._progress.add_task("", visible=False)
 
     def __enter__(self) -> "RunDisplay":
         self._progress.start()
@@ -62,11 +64,11 @@ class RunDisplay:
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[Report]:
         """A second bar for what is under way; yields the function that moves it."""
-        task = self._progress.add_task(name, total=total)
+        self._progress.reset(self._phase, description=name, total=total, visible=True)
         try:
-            yield lambda finished: self._progress.advance(task, finished)
+            yield lambda finished: self._progress.advance(self._phase, finished)
         finally:
-            self._progress.remove_task(task)
+            self._progress.update(self._phase, visible=False)
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)

@@ -1,6 +1,9 @@
 """What a run says of a step: the modes that it has."""
 
+import io
+
 import pytest
+from rich.console import Console
 
 from policy_split_jax.training.console import RunDisplay
 
@@ -33,3 +36,25 @@ ONE = {name: BOTH[name] for name in ("reward/normal", "entropy/normal", "respons
 def test_the_line_of_a_step(capsys, row, figures):
     RunDisplay(steps=8, done=0).step(3, row)
     assert capsys.readouterr().out == f"step 3/8  {figures}\n"
+
+
+def test_phases_come_one_after_the_other_and_leave_nothing():
+    """Of ten thousand steps the bar keeps as much as of one."""
+    display = RunDisplay(steps=100, done=0)
+    shown = []
+    for number in range(1, 51):
+        with display.phase("rollouts", 2 * number) as report:
+            report(number)
+            shown.append(_bar(display))
+    assert [words.split()[:2] for words in shown[:2]] == [["training", "0/100"], ["training", "0/100"]]
+    assert "rollouts" in shown[0]
+    assert "1/2" in shown[0]
+    assert "50/100" in shown[-1]
+    assert "rollouts" not in _bar(display)
+    assert all(len(column._renderable_cache) <= 2 for column in display._progress.columns)
+
+
+def _bar(display):
+    console = Console(width=100, file=io.StringIO())
+    console.print(display._progress.get_renderable())
+    return console.file.getvalue()

@@ -80,7 +80,7 @@ def test_a_run_that_is_killed_again_and_again_times_is_the_undisturbed_run(runs,
     counts = ", ".join(f"{count} {moment.__name__.replace('_', ' ')}" for moment, count in moments.items())
     figure(
         f"{KILLS} kills ({counts}): metrics and samples of all 40 steps, and the last checkpoint's fingerprints, equal "
-        "those of the undisturbed run bit for bit; at most {max(lost)} logged steps were made again"
+        f"those of the undisturbed run bit for bit; at most {max(lost)} logged steps were made again"
     )
 
 

@@ -49,10 +49,13 @@ def test_five_thousand_steps_need_no_more_than_the_first_thousand(runs, figure):
     slope = np.polyfit(at, memory, 1)[0] * 1000
     figure(f"{STEPS} steps in {minutes:.1f} minutes: memory {memory[0]:.0f} MiB after {at[0]:.0f} steps, "
            f"{memory[-1]:.0f} MiB at the end, slope {slope:+.2f} MiB for 1000 steps")  # fmt: skip
+    # Saving takes some for a moment, so that growth shows in what is usual.
     allowed = {"threads": 2, "open files": 8, "processes": 0, "checkpoints": 1}
+    quarter = len(at) // 4
     for (name, slack), values in zip(allowed.items(), counts[:-1], strict=True):
-        figure(f"{name}: {values.min():.0f} to {values.max():.0f}")
-        assert values.max() - values[: len(values) // 4].max() <= slack, name
+        first, last = np.median(values[:quarter]), np.median(values[-quarter:])
+        figure(f"{name}: {values.min():.0f} to {values.max():.0f}, usually {first:.0f} and at the end {last:.0f}")
+        assert last - first <= slack, name
     figure(f"programs compiled after {at[0]:.0f} steps: {counts[-1][-1] - counts[-1][0]:.0f}")
     assert counts[-1][-1] == counts[-1][0]
     assert counts[-2].max() <= 4

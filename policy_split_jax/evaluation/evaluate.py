@@ -187,13 +187,10 @@ def _answers(groups: Sequence[Graded], mode: int) -> list[list[str | None]]:
 
 def _votes(groups: Sequence[Graded], mode: int) -> list[list[str | None]]:
     """The same for votes: what was cut off has none, right or wrong, or the vote would know which is which."""
-    answers = zip(_answers(groups, mode), groups, strict=True)
+    reasons = [_of_mode(group, group.finish_reasons, mode) for group in groups]
     return [
-        [
-            None if reason == "length" else answer
-            for answer, reason in zip(own, _of_mode(group, group.finish_reasons, mode), strict=True)
-        ]
-        for own, group in answers
+        [None if reason == "length" else answer for answer, reason in zip(*own, strict=True)]
+        for own in zip(_answers(groups, mode), reasons, strict=True)
     ]
 
 
@@ -361,18 +358,15 @@ def intervals(strata: Sequence[Sequence[Graded]], tokens: Sequence[Sequence[Sequ
     Figures are means over the strata (the benchmarks; one where there is one); `tokens` has for each stratum and mode
     the sums of each question. `accuracy_difference` is what the high-entropy mode has more, paired by question.
     """
+    found = [[_per_question(groups, mode, k) for groups in strata] for mode in (NORMAL, HIGH_ENTROPY)]
     row: Row_ = {}
     for mode, name in enumerate(MODE_NAMES):
-        found = [_per_question(groups, mode, k) for groups in strata]
-        for figure in found[0]:
-            row |= _ends(f"{figure}/{name}", [part[figure] for part in found])
+        for figure in found[mode][0]:
+            row |= _ends(f"{figure}/{name}", [part[figure] for part in found[mode]])
         sums = [own[mode] for own in tokens]
         bits = [np.array([_per_token(each.entropy, each.tokens) / np.log(2) for each in own]) for own in sums]
         row |= _ends(f"entropy_bits/{name}", bits, [np.array([each.tokens for each in own], float) for own in sums])
-    differences = [
-        _per_question(groups, HIGH_ENTROPY, k)["accuracy"] - _per_question(groups, NORMAL, k)["accuracy"]
-        for groups in strata
-    ]
+    differences = [second["accuracy"] - first["accuracy"] for first, second in zip(*found, strict=True)]
     row["accuracy_difference"] = float(np.mean([metrics.mean_over_questions(part) for part in differences]))
     return row | _ends("accuracy_difference", differences)
 
@@ -395,7 +389,8 @@ def left_out(strata: Sequence[Sequence[Graded]], k: int) -> int:
     """How many questions have too few graded samples for pass@k in some mode, and count nowhere in it."""
     found = 0
     for groups in strata:
-        normal, high_entropy = (_per_question(groups, mode, k)[f"pass@{k}"] for mode in (NORMAL, HIGH_ENTROPY))
+        correct = (_correct(rewards_of(groups, mode)) for mode in (NORMAL, HIGH_ENTROPY))
+        normal, high_entropy = (metrics.pass_at_k_per_question(part, k) for part in correct)
         found += metrics.left_out(normal + high_entropy)
     return found
 

@@ -1,13 +1,12 @@
 """JSONL that long work appends to, so that it goes on where it was killed; the first line holds its settings."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from policy_split_jax.errors import UserError
-from policy_split_jax.files import whole_file
+from policy_split_jax.files import sync, whole_file
 
 Record = dict[str, Any]
 
@@ -20,7 +19,7 @@ def begin(path: Path, settings: Mapping[str, Any], fresh: bool) -> None:
     if path.is_file() and not fresh:
         with path.open("rb") as file:
             header, more = next_record(file), file.read(1)
-        if more or header is None or not isinstance(header.get("settings"), dict):
+        if more or _settings_in(header) is None:
             return _check_settings(path, header, settings)
     with whole_file(path) as file:
         file.write(_line({"settings": settings}))
@@ -40,18 +39,23 @@ def append(path: Path, records: Iterable[Record]) -> None:
     """Adds lines; they are on the disk when this returns."""
     with path.open("ab") as file:
         file.write("".join(map(_line, records)).encode())
-        file.flush()
-        os.fsync(file.fileno())
+    sync(path)
 
 
 def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
+def _settings_in(header: Record | None) -> Record | None:
+    found = (header or {}).get("settings")
+    return found if isinstance(found, dict) else None
+
+
 def _check_settings(path: Path, header: Record | None, settings: Mapping[str, Any]) -> None:
-    if header is None or not isinstance(header.get("settings"), dict):
+    there = _settings_in(header)
+    if there is None:
         raise UserError(f"{path}: its first line holds no settings; choose another --output, or give --fresh")
-    there, now = header["settings"], json.loads(json.dumps(settings))
+    now = json.loads(json.dumps(settings))
     differing = [
         f"{name} ({_shown(there.get(name))} there, {_shown(now.get(name))} now)"
         for name in {**there, **now}

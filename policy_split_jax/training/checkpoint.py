@@ -70,7 +70,7 @@ class Checkpoints:
         """Copies the state and returns; it is written while training goes on. Does nothing where it is saved."""
         storable = _storable(state)
         about = {"format": FORMAT, "run": self._run, "fingerprints": _by_path(fingerprints(storable))} | extra
-        stored = ocp.args.JsonSave(about | {"digest": _digest(about)})
+        stored = ocp.args.JsonSave(about | {"digest": digest_of(about)})
         args = ocp.args.Composite(state=ocp.args.StandardSave(storable), extra=stored)
         with self._writing():
             self._manager.save(step, args=args)
@@ -114,11 +114,9 @@ class Checkpoints:
         path = self._folder / str(step)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
         with _reader(self._folder) as manager:
-            extra = _agreed(lambda: _read_extra(manager, step))
-            _check_origin(path, extra, self._run)
+            extra = _read_about(manager, path, self._run)
             _check_arrays(path, extra, wanted)
-            found = _agreed(lambda: _restored(manager, step, args)["state"])
-            _agreed(lambda: _check_fingerprints(found, extra))
+            found = _read_arrays(manager, step, args, extra)
         state = TrainState(**found)
         return state._replace(key=jax.random.wrap_key_data(state.key)), extra
 
@@ -159,6 +157,20 @@ def _storable(state: TrainState) -> dict[str, Any]:
 def _by_path(tree: Any) -> dict[str, int]:
     found = jax.device_get(tree)
     return {jax.tree_util.keystr(path): int(value) for path, value in jax.tree_util.tree_leaves_with_path(found)}
+
+
+def _read_about(manager: ocp.CheckpointManager, path: Path, run: Mapping[str, str]) -> Json:
+    """What a checkpoint says of itself. Raises UserError where it is another version's or another run's."""
+    extra = _agreed(lambda: _read_extra(manager, int(path.name)))
+    _check_origin(path, extra, run)
+    return extra
+
+
+def _read_arrays(manager: ocp.CheckpointManager, step: int, args: Any, extra: Json) -> Any:
+    """Its arrays, if they are those that were saved."""
+    found = _agreed(lambda: _restored(manager, step, args)["state"])
+    _agreed(lambda: _check_fingerprints(found, extra))
+    return found
 
 
 def _agreed(read: Callable[[], Any]) -> Any:
@@ -208,12 +220,13 @@ def _read_extra(manager: ocp.CheckpointManager, step: int) -> Json:
     if extra.get("format") == 1:
         return extra
     digest = extra.pop("digest", None)
-    if digest != _digest(extra):
+    if digest != digest_of(extra):
         raise Damaged("extra is not what was saved")
     return extra
 
 
-def _digest(content: Json) -> str:
+def digest_of(content: Any) -> str:
+    """Of anything that JSON can hold."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -287,10 +300,8 @@ def load_checkpoint_params(run: Path, policy: Policy, shardings: Any = None) -> 
     args = ocp.args.PyTreeRestore(item=wanted, restore_args=places, partial_restore=True)
     with _reader(folder) as manager:
         try:
-            extra = _agreed(lambda: _read_extra(manager, step))
-            _check_origin(folder / str(step), extra, {"model files": policy.digest})
-            found = _agreed(lambda: _restored(manager, step, ocp.args.Composite(state=args))["state"])
-            _agreed(lambda: _check_fingerprints(found, extra))
+            extra = _read_about(manager, folder / str(step), {"model files": policy.digest})
+            found = _read_arrays(manager, step, ocp.args.Composite(state=args), extra)
         except Damaged as error:
             before = [other for other in manager.all_steps() if other < step]
             remedy = f"move it away to use step {max(before)}" if before else "there is none before it"

@@ -135,8 +135,8 @@ def evaluation_table(row: Mapping[str, Any]) -> Table:
 
 def _with_interval(row: Mapping[str, Any], key: str) -> str:
     """A figure, and where the row has it its interval."""
-    ends = [_shown(row, f"{key}/{end}", "{:.3f}") for end in ("low", "high")]
-    return f"{_shown(row, key, '{:.4f}')}  {' to '.join(ends)}" if all(ends) else _shown(row, key, "{:.4f}")
+    figure, *ends = _shown(row, key, "{:.4f}"), *(_shown(row, f"{key}/{end}", "{:.3f}") for end in ("low", "high"))
+    return f"{figure}  {' to '.join(ends)}" if all(ends) else figure
 
 
 def _shown(row: Mapping[str, Any], key: str, form: str) -> str:

@@ -17,7 +17,7 @@ from policy_split_jax.data.formats import Row
 from policy_split_jax.errors import UserError
 from policy_split_jax.files import sync, sync_folder, whole_file
 from policy_split_jax.policy import Policy, copy_policy_files
-from policy_split_jax.training.checkpoint import latest_step
+from policy_split_jax.training.checkpoint import digest_of, latest_step
 from policy_split_jax.training.guard import GuardConfig
 from policy_split_jax.training.metrics_log import last_logged
 
@@ -113,18 +113,14 @@ def identity(config: RunConfig, policy: Policy, train_rows: Sequence[Row], test_
     """Digests of what a run's checkpoints and figures mean nothing without."""
     tree = settings.to_dict(config)
     return {
-        "settings": _digest({key: _get(tree, key) for key in _fixed_keys()}),
+        "settings": digest_of({key: _get(tree, key) for key in _fixed_keys()}),
         "model files": policy.digest,
-        "stop tokens": _digest(policy.stop_ids),
-        "prompts": _digest(asdict(policy.prompts)),
+        "stop tokens": digest_of(policy.stop_ids),
+        "prompts": digest_of(asdict(policy.prompts)),
         "questions": _digest_of_rows(train_rows),
         "test questions": _digest_of_rows(test_rows),
         "reward code": _digest_of_reward(config.reward.grader),
     }
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _digest_of_rows(rows: Sequence[Row]) -> str:

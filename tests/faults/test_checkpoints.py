@@ -327,13 +327,13 @@ def test_a_damaged_model_is_not_evaluated(copy, capsys):
 
 def edited(config, change):
     """The run with something else in what its last checkpoint says of itself, its digest corrected."""
-    from policy_split_jax.training.checkpoint import _digest
+    from policy_split_jax.training.checkpoint import digest_of
 
     path = config.folder / "checkpoints" / "4" / "extra" / "metadata"
     content = json.loads(path.read_text())
     content.pop("digest")
     change(content)
-    path.write_text(json.dumps(content | {"digest": _digest(content)}))
+    path.write_text(json.dumps(content | {"digest": digest_of(content)}))
 
 
 @pytest.mark.parametrize(

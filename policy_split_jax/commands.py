@@ -29,8 +29,10 @@ _MODES = {"normal": (NORMAL,), "high-entropy": (HIGH_ENTROPY,), "both": (NORMAL,
 
 def train(options: argparse.Namespace) -> None:
     """`policy-split train CONFIG`."""
+    from policy_split_jax.training.allocator import share_arenas
     from policy_split_jax.training.loop import train as run
 
+    share_arenas()
     sources = {"model.path": options.model, "model.checkpoint": options.checkpoint}
     chosen = [f"{key}={json.dumps(value)}" for key, value in sources.items() if value]
     config = settings.load(RunConfig, options.config, [*options.overrides, *chosen])

@@ -11,6 +11,7 @@ import policy_split_jax
 from policy_split_jax.access import TOKEN
 from policy_split_jax.errors import UserError
 from policy_split_jax.files import PASSING
+from policy_split_jax.limits import MAX_SEED, SMALLEST_TEMPERATURE, TEMPERATURES, is_temperature
 
 _RUN_HELP = "PATH, or LABEL=PATH,PATH,... for runs that differ in their seed alone"
 _MODES = ("normal", "high-entropy", "both")
@@ -138,7 +139,7 @@ def _output_option(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def _sampling_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--temperature", type=_not_negative, default=1.0, help="0 is greedy (default 1.0)")
+    parser.add_argument("--temperature", type=_temperature, default=1.0, help="0 is greedy (default 1.0)")
     parser.add_argument("--top-k", type=_count, default=0, help="0 is off (default)")
     parser.add_argument("--top-p", type=_share, default=1.0, help="1 is off (default)")
     parser.add_argument("--seed", type=_seed, default=0)
@@ -211,7 +212,9 @@ def _score(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser.add_argument(
         "--prompt-tokens", action="store_true", help="rows carry prompt_tokens and response_tokens, taken as they are"
     )
-    parser.add_argument("--temperature", type=_above_zero, default=1.0, help="of the distributions (default 1.0)")
+    parser.add_argument(
+        "--temperature", type=_scoring_temperature, default=1.0, help="of the distributions (default 1.0)"
+    )
     _dtype_option(parser)
 
 
@@ -238,7 +241,7 @@ def _eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     parser.add_argument("--task", choices=("countdown", "walk"), default="countdown", help="the embedded task")
     parser.add_argument("--numbers", type=_numbers, default=(3,), help="countdown: numbers of a puzzle (default 3)")
     parser.add_argument("--max-number", type=_positive, default=30, help="countdown: largest number (default 30)")
-    parser.add_argument("--walls", type=_numbers, default=(4,), help="walk: walls of a puzzle (default 4)")
+    parser.add_argument("--walls", type=_counts, default=(4,), help="walk: walls of a puzzle (default 4)")
     parser.add_argument("--questions", type=_positive, help="at most so many questions (default 256; benchmarks: all)")
     parser.add_argument(
         "--questions-at-once",
@@ -256,7 +259,7 @@ def _eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         type=_positive,
         help="longest answer (default 16 for the embedded task, 2048 for files, 32768 for benchmarks)",
     )
-    parser.add_argument("--temperature", type=_not_negative, help="0 is greedy (default 1.0; benchmarks: 0.6)")
+    parser.add_argument("--temperature", type=_temperature, help="0 is greedy (default 1.0; benchmarks: 0.6)")
     parser.add_argument("--top-k", type=_count, help="0 is off (default 0; benchmarks: 20)")
     parser.add_argument("--top-p", type=_share, help="1 is off (default 1.0; benchmarks: 0.95)")
     parser.add_argument("--seed", type=_seed, default=0)
@@ -288,7 +291,7 @@ def _judge(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser.add_argument("input", metavar="FILE", help="JSONL; rows have question, mode and text")
     parser.add_argument("--url", required=True, help="of the endpoint, such as http://127.0.0.1:8000/v1")
     parser.add_argument("--model", metavar="NAME", required=True, help="the judge, as the endpoint calls it")
-    parser.add_argument("--temperature", type=_not_negative, default=0.0, help="of the judge (default 0)")
+    parser.add_argument("--temperature", type=_temperature, default=0.0, help="of the judge (default 0)")
     parser.add_argument("--concurrency", type=_positive, default=8, help="requests at a time (default 8)")
     parser.add_argument("--fresh", action="store_true", help="drop the verdicts beside the output and begin again")
     _output_option(parser, "judge.json")
@@ -461,11 +464,15 @@ def _port(text: str) -> int:
 
 
 def _seed(text: str) -> int:
-    return _number(text, int, "from 0 to 4294967295", lambda value: 0 <= value < 2**32)
+    return _number(text, int, f"from 0 to {MAX_SEED}", lambda value: 0 <= value <= MAX_SEED)
 
 
-def _not_negative(text: str) -> float:
-    return _number(text, float, "at least 0", lambda value: value >= 0)
+def _temperature(text: str) -> float:
+    return _number(text, float, TEMPERATURES, is_temperature)
+
+
+def _scoring_temperature(text: str) -> float:
+    return _number(text, float, f"at least {SMALLEST_TEMPERATURE:g}", lambda value: value >= SMALLEST_TEMPERATURE)
 
 
 def _above_zero(text: str) -> float:
@@ -484,6 +491,10 @@ def _text(text: str) -> str:
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(_positive(part) for part in text.split(","))
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_count(part) for part in text.split(","))
 
 
 if __name__ == "__main__":

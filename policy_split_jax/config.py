@@ -13,6 +13,7 @@ import yaml
 
 from policy_split_jax.data.embedded import TASKS, PuzzleConfig
 from policy_split_jax.errors import UserError
+from policy_split_jax.limits import MAX_SEED, SMALLEST_TEMPERATURE, TEMPERATURES, is_temperature
 from policy_split_jax.modes import DEFAULT_HIGH_ENTROPY_PROMPT, ModePrompts
 from policy_split_jax.objective.advantages import AdvantageConfig
 from policy_split_jax.objective.baselines import BaselineConfig, Objective, trained_modes
@@ -22,8 +23,6 @@ from policy_split_jax.training.guard import GuardConfig
 
 EMBEDDED = "embedded"
 EMBEDDED_WALK = "embedded-walk"
-
-MAX_SEED = 2**32 - 1
 
 
 def _require(name: str, value: int | float, holds: bool, rule: str) -> None:
@@ -153,7 +152,8 @@ class RolloutConfig:
             1, self, "questions_per_step", "rollouts_per_mode", "max_prompt_tokens", "max_new_tokens", "slots",
             "decode_steps",
         )  # fmt: skip
-        _require("temperature", self.temperature, self.temperature > 0, "above 0 in training")
+        least = SMALLEST_TEMPERATURE
+        _require("temperature", self.temperature, self.temperature >= least, f"at least {least:g} in training")
         _at_least(0, self, "top_k")
         _require("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
 
@@ -282,7 +282,8 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         _at_least(1, self, "k")
-        _at_least(0, self, "questions", "temperature", "top_k", "max_new_tokens")
+        _at_least(0, self, "questions", "top_k", "max_new_tokens")
+        _require("temperature", self.temperature, is_temperature(self.temperature), TEMPERATURES)
         _require("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
         _check_seed(self.seed)
 

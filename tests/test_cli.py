@@ -158,6 +158,18 @@ def test_an_exported_model_decodes_alike_in_transformers(prompts, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("command", "rule"),
+    [(["sample"], "0 (greedy) or at least 1e-06"), (["eval"], "0 (greedy) or at least 1e-06"),
+     (["score", "--input", "a", "--output", "b"], "at least 1e-06")],
+)  # fmt: skip
+def test_a_temperature_that_no_logit_survives_is_refused(command, rule, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([*command, "--temperature", "1e-40"])
+    assert exit.value.code == 2
+    assert f"--temperature: 1e-40 must be {rule}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["train", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
@@ -182,6 +194,11 @@ def test_an_exported_model_decodes_alike_in_transformers(prompts, tmp_path):
         (["train", "CONFIG", "reward.grader=mth"], "unknown reward 'mth'"),
         (["train", "CONFIG", "rollout.questions_per_step=5000"], "batch size 5000 does not fit 4096 rows"),
         (["train", "CONFIG", "rollout.max_prompt_tokens=20"], "questions make prompts of more than 20 tokens"),
+        (["train", "CONFIG", "rollout.temperature=1e-40"], "temperature is 1e-40; it must be at least 1e-06"),
+        (
+            ["train", "CONFIG", "eval.temperature=1e-40"],
+            "temperature is 1e-40; it must be 0 (greedy) or at least 1e-06",
+        ),
         (["train", "CONFIG", "--resume"], "run: no checkpoint to resume from"),
         (["train", "CONFIG", "--checkpoint", "nowhere"], "nowhere: no such folder"),
     ],

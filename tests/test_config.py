@@ -203,7 +203,7 @@ def test_an_unknown_section_in_the_file(write):
         ("train.tensorboard=perhaps", ["train.tensorboard", "'perhaps'"]),
         ("train=3", ["train", "3"]),
         # Out of range.
-        ("rollout.temperature=0", ["rollout", "temperature is 0", "above 0"]),
+        ("rollout.temperature=0", ["rollout", "temperature is 0", "at least 1e-06"]),
         ("rollout.top_p=0", ["rollout", "top_p is 0"]),
         ("rollout.slots=0", ["rollout", "slots is 0", "at least 1"]),
         ("advantage.kappa=0.5", ["advantage", "kappa", "at least 1"]),

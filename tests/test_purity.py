@@ -15,6 +15,7 @@ PURE_PATTERNS = (
     "padding.py",
     "modes.py",
     "errors.py",
+    "limits.py",
     "model/*.py",
     "objective/*.py",
     "sampler/__init__.py",

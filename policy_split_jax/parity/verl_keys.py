@@ -5,7 +5,7 @@ They are those of `verl/trainer/config/ppo_trainer.yaml` in https://github.com/v
 
 from typing import Any
 
-from policy_split_jax.config import MAX_SEED
+from policy_split_jax.limits import MAX_SEED
 from policy_split_jax.parity import verl_rules as rules
 from policy_split_jax.parity.verl_rules import ACTOR, MODEL, OPTIM, POLICY_LOSS, REWARD, ROLLOUT, VALIDATION
 

@@ -4,19 +4,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from policy_split_jax.config import MAX_SEED
+from policy_split_jax.limits import MAX_SEED, TEMPERATURES, is_temperature
 from policy_split_jax.modes import HIGH_ENTROPY, NORMAL
 from policy_split_jax.serving.errors import ApiError
 
 HIGH_ENTROPY_SUFFIX = ":high-entropy"
-_SMALLEST_TEMPERATURE = 1e-6
 _Stop = Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=4)]
 
 
 def _representable(temperature: float) -> float:
-    """Logits divided by less are no float32 any more, and their log-probabilities no numbers."""
-    if 0 < temperature < _SMALLEST_TEMPERATURE:
-        raise ValueError(f"is neither 0 (greedy) nor at least {_SMALLEST_TEMPERATURE:g}")
+    if not is_temperature(temperature):
+        raise ValueError(f"must be {TEMPERATURES}")
     return temperature
 
 

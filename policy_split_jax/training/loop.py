@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
@@ -66,7 +65,7 @@ from policy_split_jax.training.collate import SharedGroup
 from policy_split_jax.training.console import RunDisplay
 from policy_split_jax.training.guard import Guard, watch
 from policy_split_jax.training.metrics_log import MetricsLog
-from policy_split_jax.training.optimizer import make_optimizer, make_schedule
+from policy_split_jax.training.optimizer import make_optimizer, next_rate
 from policy_split_jax.training.packing import pack_batch
 from policy_split_jax.training.run_folder import check_folder, identity, locked, make_folder, renew_folder
 from policy_split_jax.training.state import TrainState, init_state, state_shardings
@@ -153,11 +152,12 @@ class Trainer:
         self.stop.check()
         clock.lap("reward")
         shared = shared_groups(self.policy, groups, self.config.sharing, self.config.rollout.max_new_tokens)
+        rate = next_rate(self.config.optimizer, self.state.opt_state)
         self.state, metrics = self._update(groups, shared)
         clock.lap("update")
         row = outcome_metrics(groups) | metrics | clock.times()
         row["tokens/rollout"] = sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)
-        row["learning_rate"] = float(np.asarray(make_schedule(self.config.optimizer)(self._updates(step - 1))))
+        row["learning_rate"] = rate
         self._log("train", step, row, sample_rows(groups[: self.config.train.sample_questions]))
         for wanted, folder in ((self.config.train.dump_rollouts, "rollouts"), (row["skipped"], "skipped")):
             if wanted and self.log is not None:
@@ -227,9 +227,6 @@ class Trainer:
         with whole_file(folder / f"{step}.jsonl") as file:
             for row in dump_rows(self.policy, groups, shared, step):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-    def _updates(self, step: int) -> int:
-        return step * self.config.train.updates_per_step
 
     def _rollouts(self, rows: Sequence[Row]) -> list[Group]:
         rollout = self.config.rollout

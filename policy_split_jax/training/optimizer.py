@@ -1,5 +1,6 @@
 """AdamW with gradient clipping, and its learning-rate schedule."""
 
+import numpy as np
 import optax
 
 from policy_split_jax.config import OptimizerConfig
@@ -18,6 +19,12 @@ def make_schedule(config: OptimizerConfig) -> optax.Schedule:
     # The first update already moves: step i of n has i+1 n-ths of the rate.
     warmup = optax.linear_schedule(rate / config.warmup_steps, rate, max(config.warmup_steps - 1, 1))
     return optax.join_schedules([warmup, main], [config.warmup_steps])
+
+
+def next_rate(config: OptimizerConfig, opt_state: optax.OptState) -> float:
+    """Learning rate of the update that comes next: updates that were skipped do not count."""
+    made = optax.tree.get(opt_state, "ScaleByScheduleState").count
+    return float(np.asarray(make_schedule(config)(np.asarray(made))))
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

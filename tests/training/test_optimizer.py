@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from policy_split_jax.config import OptimizerConfig, RunConfig, from_dict
-from policy_split_jax.training.optimizer import make_optimizer, make_schedule
+from policy_split_jax.training.optimizer import make_optimizer, make_schedule, next_rate
 
 CASES = {
     "constant": (OptimizerConfig(learning_rate=2.0), {0: 2.0, 1: 2.0, 10**6: 2.0}),
@@ -47,6 +47,15 @@ def test_the_first_update_already_moves():
     changes, _ = optimizer.update(jnp.array([0.3, -0.2]), optimizer.init(params), params)
     # AdamW's first step has the size of the rate, here a quarter of 0.4; its ε of 1e-8 is not seen.
     np.testing.assert_allclose(changes, [-0.1, 0.1], rtol=1e-5)
+
+
+def test_the_next_rate_is_that_of_updates_made():
+    config = OptimizerConfig(learning_rate=0.4, warmup_steps=4)
+    optimizer = make_optimizer(config)
+    params = jnp.array([1.0, 2.0])
+    before = optimizer.init(params)
+    _, after = optimizer.update(jnp.array([0.3, -0.2]), before, params)
+    assert (next_rate(config, before), next_rate(config, after)) == pytest.approx((0.1, 0.2), rel=1e-6)
 
 
 @pytest.mark.parametrize("decay", ["constant", "cosine", "linear"])

@@ -45,7 +45,10 @@ def first(tmp_path_factory):
     return kept, losses(run_config(folder, 3))
 
 
-@pytest.mark.parametrize(("count", "mesh"), [(4, {"fsdp": 4}), (8, {"data": 2, "fsdp": 2, "tp": 2}), (1, {})])
+@pytest.mark.parametrize(
+    ("count", "mesh"),
+    [pytest.param(4, {"fsdp": 4}, marks=pytest.mark.slow), (8, {"data": 2, "fsdp": 2, "tp": 2}), (1, {})],
+)
 def test_a_run_goes_on_with_other_devices(first, tmp_path, monkeypatch, count, mesh):
     kept, expected = first
     folder = shutil.copytree(kept, tmp_path / "run")

@@ -85,6 +85,7 @@ def test_a_step_is_the_same_on_every_mesh(config, params, batch, mesh, name, on_
     assert min(jax.tree.leaves(moved)) > 1e-3
 
 
+@pytest.mark.parametrize("mesh", ["1x8", "2x2x2"], indirect=True)
 def test_the_state_keeps_its_place(config, params, batch, mesh):
     """Parameters and both moments, before and after a step; each device holds its part alone."""
     optimizer = make_optimizer(OptimizerConfig())

@@ -82,7 +82,8 @@ def evaluate(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     output = folder / "eval.json"
     chosen = (f"--{name}={value}" for name, value in options.items())
     command = [sys.executable, "-m", "policy_split_jax.cli", "eval", f"--checkpoint={folder}", f"--output={output}"]
-    subprocess.run([*command, "--fresh", *chosen], stdout=subprocess.DEVNULL, check=True)
+    environment = os.environ | _shared_programs(folder.parent)
+    subprocess.run([*command, "--fresh", *chosen], env=environment, stdout=subprocess.DEVNULL, check=True)
     return json.loads(output.read_text(encoding="utf-8"))
 
 

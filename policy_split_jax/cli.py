@@ -239,9 +239,11 @@ def _eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     parser.add_argument("--question-column", default="question")
     parser.add_argument("--answer-column", default="answer")
     parser.add_argument("--task", choices=("countdown", "walk"), default="countdown", help="the embedded task")
-    parser.add_argument("--numbers", type=_numbers, default=(3,), help="countdown: numbers of a puzzle (default 3)")
+    parser.add_argument(
+        "--numbers", type=_several(_positive), default=(3,), help="countdown: numbers of a puzzle (default 3)"
+    )
     parser.add_argument("--max-number", type=_positive, default=30, help="countdown: largest number (default 30)")
-    parser.add_argument("--walls", type=_counts, default=(4,), help="walk: walls of a puzzle (default 4)")
+    parser.add_argument("--walls", type=_several(_count), default=(4,), help="walk: walls of a puzzle (default 4)")
     parser.add_argument("--questions", type=_positive, help="at most so many questions (default 256; benchmarks: all)")
     parser.add_argument(
         "--questions-at-once",
@@ -489,12 +491,8 @@ def _text(text: str) -> str:
     return text
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(_positive(part) for part in text.split(","))
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(_count(part) for part in text.split(","))
+def _several(one: Callable[[str], int]) -> Callable[[str], tuple[int, ...]]:
+    return lambda text: tuple(one(part) for part in text.split(","))
 
 
 if __name__ == "__main__":

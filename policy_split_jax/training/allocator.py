@@ -12,9 +12,9 @@ ARENAS = 2
 def share_arenas() -> None:
     """Lets all threads allocate from `ARENAS` pools, where glibc gives each of up to eight times the cores its own.
 
-    Checkpoints are written by many threads that live for a moment. What is left in the pools of each is not given back,
-    and adds up to several hundred MiB over a run of the embedded model (`tests/faults/test_long.py`). Does nothing with
-    another C library, and where MALLOC_ARENA_MAX says how many there may be.
+    Checkpoints are written by many threads that live for a moment; what stays in the pools of each is not given back,
+    so that a run's memory grew with its checkpoints (docs/reliability.md, "Long runs"). Does nothing with another C
+    library, and where MALLOC_ARENA_MAX says how many pools there may be.
     """
     if sys.platform != "linux" or "MALLOC_ARENA_MAX" in os.environ:
         return

@@ -25,7 +25,7 @@ def next_rate(config: OptimizerConfig, opt_state: optax.OptState) -> float:
     """Learning rate of the update that comes next: updates that were skipped do not count."""
     made = optax.tree.get(opt_state, "ScaleByScheduleState").count
     # On the host: with several processes, the count lies on all of their devices.
-    return float(make_schedule(config)(np.asarray(made)))
+    return float(np.asarray(make_schedule(config)(np.asarray(made))))
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -160,11 +160,12 @@ def test_an_exported_model_decodes_alike_in_transformers(prompts, tmp_path):
 @pytest.mark.parametrize(
     ("command", "rule"),
     [(["sample"], "0 (greedy) or at least 1e-06"), (["eval"], "0 (greedy) or at least 1e-06"),
-     (["score", "--input", "a", "--output", "b"], "at least 1e-06")],
+     (["score", "--input", "missing/in.jsonl"], "at least 1e-06")],
 )  # fmt: skip
 def test_a_temperature_that_no_logit_survives_is_refused(command, rule, capsys):
+    # Were it taken, the folder that is not there would end the command.
     with pytest.raises(SystemExit) as exit:
-        main([*command, "--temperature", "1e-40"])
+        main([*command, "--output", "missing/out.jsonl", "--temperature", "1e-40"])
     assert exit.value.code == 2
     assert f"--temperature: 1e-40 must be {rule}" in capsys.readouterr().err
 

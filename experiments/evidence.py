@@ -8,12 +8,12 @@
 Tuning first: every method has one run at each of the same learning rates, with a seed of its own; the rate that ends
 with the highest accuracy of the normal mode is that of its runs with the other seeds. Runs are ordinary ones of the
 command line, one core each, in runs/evidence; what was interrupted goes on. What they found goes into
-experiments/results/evidence.jsonl, and what is there is not run again: move the file away to make all of it anew.
+experiments/results, and what is there is not run again: move it away to make all of it anew.
 A chosen part goes to standard output; everything goes into docs/results.md. Curves are in runs/evidence/TASK.html.
 """
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 
@@ -23,24 +23,29 @@ from study import (
     ABLATION_RATE,
     ABLATION_TASK,
     ABLATIONS,
+    AS_PAPER,
     FOLDER,
     METHODS,
     PAPER,
-    PROMPT_RESULTS,
+    PROMPTS,
     QUESTIONS,
     RATES,
     SPLIT,
     SPLIT_OF_PAPER,
     STEPS,
     TASKS,
+    WAYS,
     Results,
     Run,
+    Trial,
+    Trials,
     best_rate,
     complete,
-    read_records,
     read_results,
-    try_prompts,
+    read_trials,
+    try_again,
     tuning,
+    untrained,
 )
 
 from policy_split_jax.config import RunConfig, load
@@ -54,38 +59,51 @@ CHARTED = (SPLIT, SPLIT_OF_PAPER, "GRPO", "entropy advantage")
 SMALL = (("3 numbers",), (SPLIT, "GRPO", "entropy advantage"), (0, 1, 2))
 
 
-def compare_methods(
-    results: Results, tasks: Sequence[str], methods: Sequence[str], seeds: Sequence[int], parallel: int
-) -> None:
-    """Tuning, then the runs at each method's best rate."""
-    complete((run for task in tasks for run in tuning(task, methods)), results, parallel)
+def chosen_runs(results: Results, tasks: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) -> list[Run]:
+    """Those at each method's best rate, which tuning has found."""
     best = [(task, method, best_rate(results, task, method)) for task in tasks for method in methods]
-    complete((Run(*each, seed) for seed in seeds for each in best), results, parallel)
+    return [Run(*each, seed) for seed in seeds for each in best]
 
 
-def ablate(results: Results, seeds: Sequence[int], parallel: int) -> None:
+def compare_methods(
+    results: Results, trials: Trials, tasks: Sequence[str], methods: Sequence[str], seeds: Sequence[int], parallel: int
+) -> None:
+    """Tuning, then the runs at each method's best rate, then their models and the untrained sampled as in the paper."""
+    complete((run for task in tasks for run in tuning(task, methods)), results, parallel)
+    runs = chosen_runs(results, tasks, methods, seeds)
+    complete(runs, results, parallel)
+    try_again((Trial(run, AS_PAPER) for run in [*map(untrained, tasks), *runs]), trials, parallel)
+
+
+def ablate(results: Results, trials: Trials, seeds: Sequence[int], parallel: int) -> None:
+    """One setting changed at a time, then other prompts for what was trained with none changed."""
     names = [SPLIT, "GRPO", *ABLATIONS]
-    wanted = (Run(ABLATION_TASK, name, ABLATION_RATE, seed) for seed in seeds for name in names)
-    complete(wanted, results, parallel)
+    runs = [Run(ABLATION_TASK, name, ABLATION_RATE, seed) for seed in seeds for name in names]
+    complete(runs, results, parallel)
+    own = [run for run in runs if run.variant == SPLIT]
+    try_again((Trial(run, way) for run in own for way in (AS_PAPER, *PROMPTS)), trials, parallel)
 
 
-def page(results: Results) -> str:
+def page(results: Results, trials: Trials) -> str:
     """docs/results.md from whatever results there are."""
     tasks = [task for task in TASKS if any(tables.best_ends(results, task, method) for method in METHODS)]
-
-    def of_each(table: Callable[..., str]) -> dict[str, str]:
-        return {task: table(results, task, tuple(METHODS)) for task in tasks}
-
-    accuracy = {task: f"{table}\n\n{tables.winners(results, task)}" for task, table in of_each(tables.methods).items()}
+    tried = [task for task in tasks if Trial(untrained(task), AS_PAPER) in trials]
+    sampled = tables.sampled_as_paper(results, trials)
     sections = {
-        "methods": _headed(accuracy),
+        "methods": _headed({task: _compared(results, task, tables.MAIN) for task in tasks}),
+        "sampled": _headed({task: _compared(sampled, task, tables.SAMPLED) for task in tried}),
         "training": tables.over_training(results),
-        "exploration": _headed(of_each(tables.exploration)),
+        "exploration": _headed({task: tables.exploration(results, task, tuple(METHODS)) for task in tasks}),
         "ablations": tables.ablations(results),
         "costs": tables.costs(results),
-        "prompts": tables.prompts(read_records(PROMPT_RESULTS)),
+        "prompts": tables.prompts(trials),
     }
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(sections | _facts())
+
+
+def _compared(results: Results, task: str, shown: Mapping[str, str]) -> str:
+    table = tables.methods(results, task, tuple(METHODS), shown=shown)
+    return f"{table}\n\n{tables.winners(results, task)}"
 
 
 def _facts() -> dict[str, object]:
@@ -100,6 +118,7 @@ def _facts() -> dict[str, object]:
         "test_questions": own.eval.questions,
         "rates": ", ".join(f"{rate:g}" for rate in RATES),
         "split_of_paper": SPLIT_OF_PAPER,
+        "paper_sampling": ", ".join(f"{name} {value}" for name, value in WAYS[AS_PAPER].items()),
         "ablation_task": ABLATION_TASK,
         "ablation_rate": f"{ABLATION_RATE:g}",
         "target_kl": own.eta.target_kl,
@@ -137,11 +156,11 @@ def main() -> None:
     parser.add_argument("--only-write", action="store_true", help="run nothing")
     parser.add_argument("--parallel", type=int, default=cores(), help="runs at once (default: a core each)")
     chosen = parser.parse_args()
-    results = read_results()
+    results, trials = read_results(), read_trials()
     tasks, methods, seeds = SMALL if chosen.small else (tuple(TASKS), tuple(METHODS), SEEDS)
     tasks, methods, seeds = chosen.tasks or tasks, chosen.methods or methods, chosen.seeds or seeds
     if not chosen.only_write:
-        compare_methods(results, tasks, methods, seeds, chosen.parallel)
+        compare_methods(results, trials, tasks, methods, seeds, chosen.parallel)
     known = [task for task in tasks if any(run.task == task for run in results)]
     if not known or (chosen.tasks and known != chosen.tasks):
         parser.error("there are no results of these tasks yet: leave --only-write out")
@@ -149,14 +168,24 @@ def main() -> None:
         write_charts(results, task)
     if chosen.small or chosen.tasks or chosen.methods or chosen.seeds:
         for task in known:
-            for table in (tables.methods, tables.exploration):
-                print(f"\n{task}\n\n{table(results, task, methods, seeds)}")
+            print(chosen_part(results, trials, task, methods, seeds))
         return
     if not chosen.only_write:
-        ablate(results, seeds, chosen.parallel)
-        try_prompts(seeds, chosen.parallel)
-    PAGE.write_text(page(results), encoding="utf-8")
+        ablate(results, trials, seeds, chosen.parallel)
+    PAGE.write_text(page(results, trials), encoding="utf-8")
     print(f"written to {PAGE}")
+
+
+def chosen_part(results: Results, trials: Trials, task: str, methods: Sequence[str], seeds: Sequence[int]) -> str:
+    """A task's tables of some methods and seeds."""
+    found = {
+        "accuracy": tables.methods(results, task, methods, seeds),
+        "exploration": tables.exploration(results, task, methods, seeds),
+    }
+    if Trial(untrained(task), AS_PAPER) in trials:
+        sampled = tables.sampled_as_paper(results, trials)
+        found[AS_PAPER] = tables.methods(sampled, task, methods, seeds, tables.SAMPLED)
+    return _headed({f"{task}, {what}": text for what, text in found.items()})
 
 
 if __name__ == "__main__":

@@ -2,19 +2,18 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from jobs import BEST, MAIN, Job, ended, evaluate
+from jobs import BEST, MAIN, Job, ended, evaluate, side_by_side
 
 from policy_split_jax import config
 from policy_split_jax.report.runs import read_run
 
 FOLDER = Path("runs/evidence")
 RESULTS = Path("experiments/results/evidence.jsonl")
-PROMPT_RESULTS = Path("experiments/results/prompts.jsonl")
+TRIAL_RESULTS = Path("experiments/results/trials.jsonl")
 
 STEPS, QUESTIONS = 300, 32
 RATES = (1e-4, 2e-4, 4e-4)
@@ -83,6 +82,13 @@ PROMPTS = {
     "unseen, says nothing": "Answer.",
 }
 """System prompts under which the trained high-entropy mode is evaluated."""
+AS_PAPER = "sampled as in the paper"
+WAYS: Mapping[str, Mapping[str, Any]] = {
+    AS_PAPER: {"temperature": 0.6, "top-k": 20, "top-p": 0.95},
+    **{title: {"high-entropy-prompt": prompt} for title, prompt in PROMPTS.items()},
+}
+"""What other evaluations change of those that a run makes of itself: options of `policy-split eval`."""
+ORIGINAL = "original"
 
 EXPLORING = BEST | {
     "4 + 4 of both": "pass@8/both",
@@ -110,9 +116,10 @@ class Run(NamedTuple):
         words = f"{self.task} {self.variant} {self.rate:g} seed{self.seed}"
         return "-".join("".join(letter if letter.isalnum() or letter in ".−" else " " for letter in words).split())
 
-    def job(self) -> Job:
-        path, changes = METHODS.get(self.variant, METHODS[SPLIT]), ABLATIONS.get(self.variant, {})
-        settings: dict[str, Any] = {
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What replaces its configuration's."""
+        common = {
             "rollout.questions_per_step": QUESTIONS,
             "optimizer.learning_rate": self.rate,
             "train.steps": STEPS,
@@ -121,11 +128,51 @@ class Run(NamedTuple):
             "train.keep_checkpoints": 1,
             "train.seed": self.seed,
         }
-        settings |= dict(TASKS[self.task]) | dict(changes)
-        chosen = config.load(config.RunConfig, path, [f"{key}={value}" for key, value in settings.items()])
+        return common | dict(TASKS[self.task]) | dict(ABLATIONS.get(self.variant, {}))
+
+    @property
+    def path(self) -> str:
+        return METHODS.get(self.variant, METHODS[SPLIT])
+
+    def config(self) -> config.RunConfig:
+        return config.load(config.RunConfig, self.path, [f"{key}={value}" for key, value in self.settings.items()])
+
+    def job(self) -> Job:
+        train = self.config().train
         # The learning rate decays over the updates, of which some have several a step.
-        settings["optimizer.decay_steps"] = chosen.train.steps * chosen.train.updates_per_step
-        return Job(self.name, path, settings)
+        decay = {"optimizer.decay_steps": train.steps * train.updates_per_step}
+        return Job(self.name, self.path, self.settings | decay)
+
+
+class Trial(NamedTuple):
+    """Another evaluation of what a run ended with; of the task's untrained model, where the variant is `ORIGINAL`."""
+
+    run: Run
+    way: str
+    """One of `WAYS`."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.run.name}-{'-'.join(self.way.replace(',', '').split())}"
+
+    def options(self) -> dict[str, Any]:
+        """Of `policy-split eval`: those of the run's own evaluations, and the way's."""
+        own = self.run.config()
+        trained = {"checkpoint": FOLDER / self.run.name}
+        model = {"model": own.model.path} if self.run.variant == ORIGINAL else trained
+        return model | {
+            "task": own.data.task,
+            "numbers": ",".join(map(str, own.data.numbers)),
+            "questions": own.eval.questions,
+            "k": own.eval.k,
+            "seed": own.eval.seed,
+            "max-new-tokens": own.rollout.max_new_tokens,
+            "max-prompt-tokens": 64,
+        } | dict(WAYS[self.way])  # fmt: skip
+
+
+def untrained(task: str) -> Run:
+    return Run(task, ORIGINAL, 0.0, 0)
 
 
 class Result(NamedTuple):
@@ -170,20 +217,28 @@ def result_of(folder: Path) -> Result:
     return Result(evaluations, {key: _rounded(median(row[key] for row in found.train)) for key in COSTS})
 
 
-def try_prompts(seeds: Iterable[int], parallel: int) -> None:
-    """Evaluates Policy Split's runs at the ablations' rate under `PROMPTS`, as training evaluates them."""
-    known = {(record["seed"], record["prompt"]) for record in read_records(PROMPT_RESULTS)}
-    missing = [each for each in product(seeds, PROMPTS.values()) if each not in known]
-    runs = {seed: Run(ABLATION_TASK, SPLIT, ABLATION_RATE, seed) for seed, _ in missing}
+Trials = dict[Trial, dict[str, float]]
+"""`FIGURES` of each."""
+
+
+def read_trials() -> Trials:
+    return {Trial(Run(*row["run"]), row["way"]): row["figures"] for row in read_records(TRIAL_RESULTS)}
+
+
+def try_again(wanted: Iterable[Trial], trials: Trials, parallel: int) -> None:
+    """Makes the evaluations that there are not yet, and adds each one's figures to the file as it ends."""
+    missing = [trial for trial in wanted if trial not in trials]
+    runs = dict.fromkeys(trial.run for trial in missing if trial.run.variant != ORIGINAL)
     # Their results may be known, and their folders not be here.
-    list(ended([run.job() for run in runs.values()], FOLDER, parallel))
-    for seed, prompt in missing:
-        row = evaluate(
-            FOLDER / runs[seed].name,
-            {"high-entropy-prompt": prompt, "max-new-tokens": 10, "max-prompt-tokens": 64, "seed": 1},
-        )
-        figures = {key: _rounded(row[key]) for key in FIGURES.values()}
-        add_record(PROMPT_RESULTS, {"seed": seed, "prompt": prompt, "figures": figures})
+    list(ended([run.job() for run in runs], FOLDER, parallel))
+    for trial, figures in side_by_side(_tried, missing, parallel):
+        trials[trial] = figures
+        add_record(TRIAL_RESULTS, {**trial._asdict(), "figures": figures})
+
+
+def _tried(trial: Trial, core: int) -> dict[str, float]:
+    row = evaluate(trial.options(), FOLDER / f"{trial.name}.json", core)
+    return {key: _rounded(row[key]) for key in FIGURES.values()}
 
 
 def _rounded(value: float) -> float:

@@ -5,20 +5,25 @@ from statistics import mean, median
 from typing import Any
 
 import numpy as np
-from jobs import MAIN
+from jobs import BEST, MAIN
 from scipy import stats
 from study import (
     ABLATION_RATE,
     ABLATION_TASK,
     ABLATIONS,
+    AS_PAPER,
     COSTS,
     EXPLORING,
     METHODS,
     PROMPTS,
     SPLIT,
     TUNING_SEED,
+    Result,
     Results,
+    Trial,
+    Trials,
     best_rate,
+    untrained,
 )
 
 from policy_split_jax.report.groups import t_half_width
@@ -66,7 +71,7 @@ def original(results: Results, task: str) -> Row:
     return next(result.evaluations[0] for run, result in results.items() if run.task == task)
 
 
-def shown(p: float) -> str:
+def stated(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
@@ -96,11 +101,17 @@ def _p(test: Any) -> float:
 def column(values: Mapping[str, float | None]) -> dict[str, str]:
     """A table's column of tests, adjusted for their number; empty where there is none."""
     adjusted = holm({name: p for name, p in values.items() if p is not None})
-    return {name: shown(adjusted[name]).removeprefix("p = ").removeprefix("p ") if name in adjusted else ""
+    return {name: stated(adjusted[name]).removeprefix("p = ").removeprefix("p ") if name in adjusted else ""
             for name in values}  # fmt: skip
 
 
-def methods(results: Results, task: str, names: Sequence[str], seeds: Sequence[int] | None = None) -> str:
+def methods(
+    results: Results,
+    task: str,
+    names: Sequence[str],
+    seeds: Sequence[int] | None = None,
+    shown: Mapping[str, str] = MAIN,
+) -> str:
     """A row a method, the untrained model first."""
     start = original(results, task)
     found = {name: rows for name in names if (rows := best_ends(results, task, name, seeds))}
@@ -113,13 +124,28 @@ def methods(results: Results, task: str, names: Sequence[str], seeds: Sequence[i
     )
     grpo = found.get("GRPO", {})
     than_grpo = column({name: paired(rows, grpo) for name, rows in found.items()})
-    rows = [["", "learning rate", "seeds", *MAIN, "p against original", "p against GRPO"]]
-    rows.append(["original", "", "", *(f"{start[key]:.3f}" for key in MAIN.values()), "", ""])
+    rows = [["", "learning rate", "seeds", *shown, "p against original", "p against GRPO"]]
+    rows.append(["original", "", "", *(f"{start[key]:.3f}" for key in shown.values()), "", ""])
     for name, own in found.items():
-        cells = [cell([row[key] for row in own.values()]) for key in MAIN.values()]
+        cells = [cell([row[key] for row in own.values()]) for key in shown.values()]
         rate = f"{best_rate(results, task, name):g}"
         rows.append([name, rate, str(len(own)), *cells, beyond[name], than_grpo[name]])
     return table(rows)
+
+
+SAMPLED = dict(list(MAIN.items())[:2]) | BEST | {"4 + 4 of both": "pass@8/both"}
+
+
+def sampled_as_paper(results: Results, trials: Trials) -> Results:
+    """The runs that were tried so, as if they had been evaluated so; those of tuning end as they did."""
+    found = {}
+    for run, result in results.items():
+        start = trials.get(Trial(untrained(run.task), AS_PAPER))
+        if run.seed == TUNING_SEED:
+            found[run] = Result([start or result.evaluations[0], result.evaluations[-1]], result.costs)
+        elif start and (tried := trials.get(Trial(run, AS_PAPER))):
+            found[run] = Result([start, tried], result.costs)
+    return found
 
 
 def winners(results: Results, task: str) -> str:
@@ -134,7 +160,7 @@ def winners(results: Results, task: str) -> str:
     def placed(name: str) -> str:
         p = paired(found[name], found[best])
         text = f"{scores[name]:.3f}, {100 * (scores[best] - scores[name]):.1f} points less"
-        return f"{name} ({text})" if p is None else f"{name} ({text}, {shown(p)})"
+        return f"{name} ({text})" if p is None else f"{name} ({text}, {stated(p)})"
 
     text = f"Most accurate in the normal mode: {best} ({scores[best]:.3f}); second: {placed(order[1])}."
     if SPLIT in order[:2] or SPLIT not in order:
@@ -189,16 +215,15 @@ def costs(results: Results) -> str:
     return table(rows)
 
 
-def prompts(records: Sequence[Mapping[str, Any]]) -> str:
+def prompts(trials: Trials) -> str:
     """The trained high-entropy mode under other system prompts than its own."""
-    shown = {name: key for name, key in MAIN.items() if name != "accuracy, normal"} | {
+    keys = {name: key for name, key in MAIN.items() if name != "accuracy, normal"} | {
         "best of 8, HE": "best_of_k/high_entropy",
         "solved by HE alone": "only_high_entropy_solved",
     }
-    rows = [["", "system prompt", "seeds", *shown]]
+    rows = [["", "system prompt", "seeds", *keys]]
     for title, prompt in PROMPTS.items():
-        if found := [record["figures"] for record in records if record["prompt"] == prompt]:
-            rows.append(
-                [title, prompt, str(len(found)), *(cell([row[key] for row in found]) for key in shown.values())]
-            )
+        if found := [figures for trial, figures in trials.items() if trial.way == title]:
+            cells = [cell([figures[key] for figures in found]) for key in keys.values()]
+            rows.append([title, prompt, str(len(found)), *cells])
     return table(rows)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import evidence  # noqa: E402
 import jobs  # noqa: E402
 import study  # noqa: E402
 import tables  # noqa: E402
-from study import Result, Run  # noqa: E402
+from study import Result, Run, Trial  # noqa: E402
 
 from policy_split_jax.config import RunConfig, load  # noqa: E402
 from policy_split_jax.data.dataset import load_rows  # noqa: E402
@@ -79,14 +80,15 @@ def test_tables_are_made_of_whatever_results_there_are(capsys):
     assert len(tables.methods(tuned, TASK, list(study.METHODS)).splitlines()) == 3
     text = tables.winners(results_of({"Policy Split": [0.5], "GRPO": [0.7, 0.8]}), TASK)
     assert text.endswith("second: Policy Split (0.500, 25.0 points less).")
-    assert evidence.page(tuned)
+    assert evidence.page(tuned, {})
 
 
 def test_a_failed_run_ends_the_others_that_wait(tmp_path, monkeypatch):
     begun = []
 
-    def run(job, folder, free):
+    def run(job, core, folder):
         begun.append(job.name)
+        time.sleep(0.01)
         raise subprocess.CalledProcessError(2, ["train"])
 
     monkeypatch.setattr(jobs, "_run", run)
@@ -127,7 +129,7 @@ def test_every_run_has_settings_and_a_name_of_its_own():
 
 def test_the_page_has_every_table():
     accuracies = {"Policy Split": [0.5, 0.6], "GRPO": [0.7, 0.85], "η = 1, constant": [0.3, 0.2]}
-    text = evidence.page(results_of(accuracies))
+    text = evidence.page(results_of(accuracies), {})
     assert "$" not in text
     assert "| η = 1, constant | 2 | 0.250 ±" in text
     # Costs are 2 plus the accuracy, tuning runs included: the middle of 2.1, 2.1, 2.5, 2.6, 2.9 is 2.5, GRPO's 2.7.
@@ -136,11 +138,66 @@ def test_the_page_has_every_table():
     assert "p = 0.070" in text
 
 
+def tried(value, **others):
+    return dict.fromkeys(study.FIGURES.values(), value) | others
+
+
 def test_prompts_are_told_apart():
-    figures = dict.fromkeys(study.FIGURES.values(), 0.25)
-    text = tables.prompts([{"seed": seed, "prompt": "Low-entropy mode.", "figures": figures} for seed in range(3)])
+    run = Run(TASK, "Policy Split", RATE, 0)
+    trials = {Trial(run._replace(seed=seed), "unseen, asks for the opposite"): tried(0.25) for seed in range(3)}
+    text = tables.prompts(trials | {Trial(run, study.AS_PAPER): tried(0.5)})
     assert text.splitlines()[2].startswith("| unseen, asks for the opposite | Low-entropy mode. | 3 | 0.250 ± 0.000 |")
     assert len(text.splitlines()) == 3
+
+
+def test_runs_sampled_as_in_the_paper_keep_their_rates_and_have_figures_of_their_own():
+    results = results_of({"Policy Split": [0.5, 0.6], "GRPO": [0.7, 0.85], "Clip-Cov": [0.1, 0.2]})
+    trials = {Trial(study.untrained(TASK), study.AS_PAPER): tried(0.3)}
+    for method, values in (("Policy Split", (0.75, 0.875)), ("GRPO", (0.25, 0.5))):
+        runs = [Run(TASK, method, RATE, seed) for seed in (0, 1)]
+        trials |= {Trial(run, study.AS_PAPER): tried(value) for run, value in zip(runs, values, strict=True)}
+    sampled = tables.sampled_as_paper(results, trials)
+    lines = tables.methods(sampled, TASK, list(study.METHODS), shown=tables.SAMPLED).splitlines()
+    assert [line.split(" |")[:5] for line in lines[2:]] == [
+        ["| original", " ", " ", " 0.300", " 0.300"],
+        ["| Policy Split", " 0.0004", " 2", " 0.812 ± 0.794", " 0.812 ± 0.794"],
+        ["| GRPO", " 0.0004", " 2", " 0.375 ± 1.588", " 0.375 ± 1.588"],
+    ]
+    page = evidence.page(results, trials)
+    assert "Most accurate in the normal mode: Policy Split (0.812); second: GRPO (0.375, 43.8 points less" in page
+    assert "Most accurate in the normal mode: GRPO (0.775); second: Policy Split (0.550, 22.5 points less" in page
+    part = evidence.chosen_part(results, trials, TASK, ["GRPO"], [0])
+    assert part.count("| GRPO |") == 3
+    assert "| GRPO | 0.0004 | 1 | 0.250 | 0.250 |" in part
+
+
+def test_another_evaluation_asks_what_the_run_asks_of_itself():
+    run = Run("4 numbers", "GRPO", 4e-4, 3)
+    options = Trial(run, study.AS_PAPER).options()
+    own = run.config()
+    assert options["checkpoint"] == study.FOLDER / run.name
+    assert (options["numbers"], options["max-new-tokens"], options["task"]) == ("4", 14, "countdown")
+    assert (options["questions"], options["k"], options["seed"]) == (own.eval.questions, own.eval.k, own.eval.seed)
+    assert (options["temperature"], options["top-k"], options["top-p"]) == (0.6, 20, 0.95)
+    assert Trial(study.untrained("walk"), study.AS_PAPER).options()["model"] == "embedded-walk"
+    assert Trial(run, "rewritten").options()["high-entropy-prompt"] == study.PROMPTS["rewritten"]
+
+
+def test_what_was_tried_is_not_tried_again(tmp_path, monkeypatch):
+    begun = []
+
+    def evaluated(options, output, core):
+        begun.append(options)
+        return tried(0.123456789)
+
+    monkeypatch.setattr(study, "evaluate", evaluated)
+    monkeypatch.setattr(study, "TRIAL_RESULTS", tmp_path / "trials.jsonl")
+    wanted = [Trial(study.untrained(task), study.AS_PAPER) for task in study.TASKS]
+    monkeypatch.setattr(study, "FOLDER", tmp_path)
+    study.try_again(wanted[:1], {}, 1)
+    study.try_again(wanted, study.read_trials(), 2)
+    assert sorted(options["task"] for options in begun) == ["countdown", "countdown", "walk"]
+    assert study.read_trials() == {trial: tried(0.123457) for trial in wanted}
 
 
 def test_the_walk_is_that_of_its_configuration():

@@ -93,7 +93,7 @@ def page(results: Results, trials: Trials) -> str:
         "methods": _headed({task: _compared(results, task, tables.MAIN) for task in tasks}),
         "sampled": _headed({task: _compared(sampled, task, tables.SAMPLED) for task in tried}),
         "training": tables.over_training(results),
-        "exploration": _headed({task: tables.exploration(results, task, tuple(METHODS)) for task in tasks}),
+        "exploration": _headed({task: _explored(results, task) for task in tasks}),
         "ablations": tables.ablations(results),
         "costs": tables.costs(results),
         "prompts": tables.prompts(trials),
@@ -104,6 +104,10 @@ def page(results: Results, trials: Trials) -> str:
 def _compared(results: Results, task: str, shown: Mapping[str, str]) -> str:
     table = tables.methods(results, task, tuple(METHODS), shown=shown)
     return f"{table}\n\n{tables.winners(results, task)}"
+
+
+def _explored(results: Results, task: str) -> str:
+    return f"{tables.exploration(results, task, tuple(METHODS))}\n\n{tables.eight_samples(results, task)}"
 
 
 def _facts() -> dict[str, object]:

@@ -17,6 +17,7 @@ from study import (
     METHODS,
     PROMPTS,
     SPLIT,
+    SPLIT_OF_PAPER,
     TUNING_SEED,
     Result,
     Results,
@@ -85,12 +86,14 @@ def holm(values: Mapping[str, float]) -> dict[str, float]:
     return adjusted
 
 
-def paired(found: dict[int, Row], other: dict[int, Row]) -> float | None:
-    """A paired t-test of the accuracy over the seeds of both; None where they have fewer than two."""
+def paired(
+    found: dict[int, Row], other: dict[int, Row], key: str = ACCURACY, other_key: str = ACCURACY
+) -> float | None:
+    """A paired t-test of a figure over the seeds of both; None where they have fewer than two."""
     both = sorted(found.keys() & other.keys())
     if found is other or len(both) < 2:
         return None
-    values, others = ([rows[seed][ACCURACY] for seed in both] for rows in (found, other))
+    values, others = [found[seed][key] for seed in both], [other[seed][other_key] for seed in both]
     return _p(stats.ttest_rel(values, others))
 
 
@@ -188,6 +191,23 @@ def exploration(results: Results, task: str, names: Sequence[str], seeds: Sequen
         if found := best_ends(results, task, name, seeds):
             rows.append([name, *(cell([row[key] for row in found.values()]) for key in EXPLORING.values())])
     return table(rows)
+
+
+TOGETHER, ALONE = "pass@8/both", "best_of_k/normal"
+
+
+def eight_samples(results: Results, task: str) -> str:
+    """What 8 samples solve, drawn as each method is trained: Policy Split's from both modes, GRPO's from one."""
+    grpo = best_ends(results, task, "GRPO")
+    lines = []
+    for name in (SPLIT, SPLIT_OF_PAPER):
+        found = best_ends(results, task, name)
+        if (p := paired(found, grpo, TOGETHER, ALONE)) is not None:
+            solved = mean(row[TOGETHER] for row in found.values())
+            lines.append(f"4 + 4 samples of {name} solve {solved:.3f} ({stated(p)})")
+    if not lines:
+        return ""
+    return f"8 samples of GRPO's normal mode solve {mean(row[ALONE] for row in grpo.values()):.3f}; {'; '.join(lines)}."
 
 
 def ablations(results: Results) -> str:

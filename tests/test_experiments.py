@@ -171,6 +171,18 @@ def test_runs_sampled_as_in_the_paper_keep_their_rates_and_have_figures_of_their
     assert "| GRPO | 0.0004 | 1 | 0.250 | 0.250 |" in part
 
 
+def test_eight_samples_of_both_modes_are_compared_with_eight_of_one():
+    results = results_of({"Policy Split": [0.5, 0.6], "GRPO": [0.7, 0.85]})
+    assert tables.eight_samples({}, TASK) == ""
+    for seed, together in enumerate([0.5, 0.75]):
+        run = Run(TASK, "Policy Split", RATE, seed)
+        results[run] = result(0.5, **{"pass@8/both": together, "best_of_k/normal": 0.0})
+    # GRPO's best of 8 is 0.25 throughout, so differences are 0.25 and 0.5: t = 3 with one degree of freedom, p = 0.205.
+    assert tables.eight_samples(results, TASK) == (
+        "8 samples of GRPO's normal mode solve 0.250; 4 + 4 samples of Policy Split solve 0.625 (p = 0.205)."
+    )
+
+
 def test_another_evaluation_asks_what_the_run_asks_of_itself():
     run = Run("4 numbers", "GRPO", 4e-4, 3)
     options = Trial(run, study.AS_PAPER).options()

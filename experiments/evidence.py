@@ -81,7 +81,7 @@ def ablate(results: Results, trials: Trials, seeds: Sequence[int], parallel: int
     runs = [Run(ABLATION_TASK, name, ABLATION_RATE, seed) for seed in seeds for name in names]
     complete(runs, results, parallel)
     own = [run for run in runs if run.variant == SPLIT]
-    try_again((Trial(run, way) for run in own for way in (AS_PAPER, *PROMPTS)), trials, parallel)
+    try_again((Trial(run, way) for run in own for way in PROMPTS), trials, parallel)
 
 
 def page(results: Results, trials: Trials) -> str:
@@ -155,6 +155,18 @@ def write_charts(results: Results, task: str) -> None:
         print(f"written to {write_report(named, output)}")
 
 
+def chosen_part(results: Results, trials: Trials, task: str, methods: Sequence[str], seeds: Sequence[int]) -> str:
+    """A task's tables of some methods and seeds."""
+    found = {
+        "accuracy": tables.methods(results, task, methods, seeds),
+        "exploration": tables.exploration(results, task, methods, seeds),
+    }
+    if Trial(untrained(task), AS_PAPER) in trials:
+        sampled = tables.sampled_as_paper(results, trials)
+        found[AS_PAPER] = tables.methods(sampled, task, methods, seeds, tables.SAMPLED)
+    return _headed({f"{task}, {what}": text for what, text in found.items()})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="one task, three methods, three seeds")
@@ -182,18 +194,6 @@ def main() -> None:
         ablate(results, trials, seeds, chosen.parallel)
     PAGE.write_text(page(results, trials), encoding="utf-8")
     print(f"written to {PAGE}")
-
-
-def chosen_part(results: Results, trials: Trials, task: str, methods: Sequence[str], seeds: Sequence[int]) -> str:
-    """A task's tables of some methods and seeds."""
-    found = {
-        "accuracy": tables.methods(results, task, methods, seeds),
-        "exploration": tables.exploration(results, task, methods, seeds),
-    }
-    if Trial(untrained(task), AS_PAPER) in trials:
-        sampled = tables.sampled_as_paper(results, trials)
-        found[AS_PAPER] = tables.methods(sampled, task, methods, seeds, tables.SAMPLED)
-    return _headed({f"{task}, {what}": text for what, text in found.items()})
 
 
 if __name__ == "__main__":

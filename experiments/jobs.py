@@ -22,12 +22,12 @@ MAIN = {
 BEST = {"best of 8, normal": "best_of_k/normal", "best of 8, HE": "best_of_k/high_entropy"}
 
 
-class Named(Protocol):
+class HasName(Protocol):
     @property
     def name(self) -> str: ...
 
 
-Item = TypeVar("Item", bound=Named)
+Item = TypeVar("Item", bound=HasName)
 Found = TypeVar("Found")
 
 

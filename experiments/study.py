@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jobs import BEST, MAIN, Job, ended, evaluate, side_by_side
 
-from policy_split_jax import config
+from policy_split_jax.config import RunConfig, load
 from policy_split_jax.report.runs import read_run
 
 FOLDER = Path("runs/evidence")
@@ -134,8 +134,8 @@ class Run(NamedTuple):
     def path(self) -> str:
         return METHODS.get(self.variant, METHODS[SPLIT])
 
-    def config(self) -> config.RunConfig:
-        return config.load(config.RunConfig, self.path, [f"{key}={value}" for key, value in self.settings.items()])
+    def config(self) -> RunConfig:
+        return load(RunConfig, self.path, [f"{key}={value}" for key, value in self.settings.items()])
 
     def job(self) -> Job:
         train = self.config().train

@@ -15,6 +15,7 @@ from study import (
     COSTS,
     EXPLORING,
     METHODS,
+    ORIGINAL,
     PROMPTS,
     SPLIT,
     SPLIT_OF_PAPER,
@@ -128,7 +129,7 @@ def methods(
     grpo = found.get("GRPO", {})
     than_grpo = column({name: paired(rows, grpo) for name, rows in found.items()})
     rows = [["", "learning rate", "seeds", *shown, "p against original", "p against GRPO"]]
-    rows.append(["original", "", "", *(f"{start[key]:.3f}" for key in shown.values()), "", ""])
+    rows.append([ORIGINAL, "", "", *(f"{start[key]:.3f}" for key in shown.values()), "", ""])
     for name, own in found.items():
         cells = [cell([row[key] for row in own.values()]) for key in shown.values()]
         rate = f"{best_rate(results, task, name):g}"
@@ -186,7 +187,7 @@ def over_training(results: Results) -> str:
 def exploration(results: Results, task: str, names: Sequence[str], seeds: Sequence[int] | None = None) -> str:
     """What the samples of either mode find together."""
     start = original(results, task)
-    rows = [["", *EXPLORING], ["original", *(f"{start[key]:.3f}" for key in EXPLORING.values())]]
+    rows = [["", *EXPLORING], [ORIGINAL, *(f"{start[key]:.3f}" for key in EXPLORING.values())]]
     for name in names:
         if found := best_ends(results, task, name, seeds):
             rows.append([name, *(cell([row[key] for row in found.values()]) for key in EXPLORING.values())])

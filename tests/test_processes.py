@@ -39,7 +39,7 @@ def run(folder, count, steps, *overrides, devices=1):
     """Trains with `count` processes; returns what they printed."""
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(SETTINGS))
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     command = [sys.executable, "-m", "policy_split_jax.cli", "train", str(config)]
     command += [f"output={folder}", f"train.steps={steps}", *overrides]

@@ -31,12 +31,16 @@ def sampled(config, params, prompts, mesh):
     return [rollout for group in sampler(params, prompts, Sampling(NEW)) for rollout in group]
 
 
-def test_rollouts_are_the_same_on_every_mesh(config, params, prompts, mesh):
-    expected = sampled(config, params, prompts, None)
+@pytest.fixture(scope="module")
+def on_one_device(config, params, prompts):
+    return sampled(config, params, prompts, None)
+
+
+def test_rollouts_are_the_same_on_every_mesh(config, params, prompts, mesh, on_one_device):
     placed = jax.device_put(params, qwen3.param_shardings(config, mesh))
     rollouts = sampled(config, placed, prompts, mesh)
-    assert len({len(rollout.tokens) for rollout in expected}) > 3
-    for ours, theirs in zip(rollouts, expected, strict=True):
+    assert len({len(rollout.tokens) for rollout in on_one_device}) > 3
+    for ours, theirs in zip(rollouts, on_one_device, strict=True):
         np.testing.assert_array_equal(ours.tokens, theirs.tokens)
         # Sums of float32 in another order.
         np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-5)

@@ -86,12 +86,7 @@ def our_loss(params, tokens, valid, config, remat="none"):
     return -jnp.sum(jnp.where(counted, chosen, 0)) / jnp.sum(counted)
 
 
-# Compiling is most of this file's time; level 0 halves it.
-our_loss_and_gradient = jax.jit(
-    jax.value_and_grad(our_loss),
-    static_argnames=("config", "remat"),
-    compiler_options={"xla_backend_optimization_level": 0},
-)
+our_loss_and_gradient = jax.jit(jax.value_and_grad(our_loss), static_argnames=("config", "remat"))
 # Gradients are compiled for a tied and an untied shape only.
 untied = pytest.mark.parametrize("models", [SHAPES["untied, 2 query heads a kv head"]], indirect=True, ids=["untied"])
 tied_and_untied = pytest.mark.parametrize(

@@ -146,9 +146,7 @@ def bag(monkeypatch):
 @cache
 def _compiled(model, config, rate, treedef, shapes):
     state, batch = jax.tree.unflatten(treedef, shapes)
-    # Compiling is most of these tests' time; level 0 takes less of it.
-    quick = {"xla_backend_optimization_level": 0}
-    return make_update(model, config, optax.sgd(rate)).lower(state, batch).compile(compiler_options=quick)
+    return make_update(model, config, optax.sgd(rate)).lower(state, batch).compile()
 
 
 def _sgd_step(model, params, batch, config, *, rate=1.0, eta=0.5, seed=0):

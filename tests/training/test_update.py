@@ -40,15 +40,12 @@ def fresh_state(params, optimizer, eta=ETA):
     return init_state(jax.tree.map(jnp.copy, params), optimizer, 0, eta)
 
 
-# Compiling is most of this file's time; level 0 takes less of it, and each program serves several tests.
-_QUICK = {"xla_backend_optimization_level": 0}
-
-
+# Compiling is most of this file's time, and each program serves several tests.
 @cache
 def _compiled(model, config, optimizer, treedef, shapes):
     chain = make_optimizer(optimizer) if isinstance(optimizer, OptimizerConfig) else optax.sgd(optimizer)
     state, batch = jax.tree.unflatten(treedef, shapes)
-    return make_update(model, config, chain).lower(state, batch).compile(compiler_options=_QUICK)
+    return make_update(model, config, chain).lower(state, batch).compile()
 
 
 def run(model, params, batches, config=FUSED, optimizer=ADAMW, eta=ETA):

@@ -94,7 +94,7 @@ def page(results: Results, trials: Trials) -> str:
         "sampled": _headed({task: _sampled(sampled, task) for task in tried}),
         "training": tables.over_training(results),
         "exploration": _headed({task: _explored(results, task) for task in tasks}),
-        "ablations": tables.ablations(results),
+        "ablations": f"{tables.ablations(results)}\n\n{tables.worse_than_untrained(results)}",
         "costs": tables.costs(results),
         "prompts": tables.prompts(trials),
     }

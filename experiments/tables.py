@@ -225,6 +225,16 @@ def ablations(results: Results) -> str:
     return table(rows)
 
 
+def worse_than_untrained(results: Results) -> str:
+    """The ablations whose runs, or some of them, end less accurate than they began: a mean over seeds hides it."""
+    parts = []
+    for name in (SPLIT, "GRPO", *ABLATIONS):
+        runs = evaluations(results, ABLATION_TASK, name, ABLATION_RATE).values()
+        worse = sum(rows[-1][ACCURACY] < rows[0][ACCURACY] for rows in runs)
+        parts += [f"{name} ({worse} of {len(runs)} seeds)"] if worse else []
+    return f"Less accurate than the untrained model in the end: {'; '.join(parts) or 'none'}."
+
+
 def costs(results: Results) -> str:
     """Seconds and tokens of a step: medians of a run's steps, then over runs; and their ratio to GRPO's."""
     of = {name: [result.costs for run, result in results.items() if (run.task, run.variant) == (ABLATION_TASK, name)]

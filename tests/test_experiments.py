@@ -132,10 +132,18 @@ def test_the_page_has_every_table():
     text = evidence.page(results_of(accuracies), {})
     assert "$" not in text
     assert "| η = 1, constant | 2 | 0.250 ±" in text
+    # Every run begins with 0.4.
+    assert "Less accurate than the untrained model in the end: η = 1, constant (2 of 2 seeds).\n" in text
     # Costs are 2 plus the accuracy, tuning runs included: the middle of 2.1, 2.1, 2.5, 2.6, 2.9 is 2.5, GRPO's 2.7.
     assert "| ratio |  | 0.93 |" in text
     # 0.5 and 0.6 against 0.7 and 0.85.
     assert "p = 0.070" in text
+
+
+def test_a_run_that_ends_below_its_beginning_is_told_from_its_seeds():
+    results = results_of({"Policy Split": [0.5, 0.39, 0.4], "GRPO": [0.7]})
+    assert tables.worse_than_untrained(results).endswith("in the end: Policy Split (1 of 3 seeds).")
+    assert tables.worse_than_untrained(results_of({"GRPO": [0.7]})).endswith("in the end: none.")
 
 
 def tried(value, **others):

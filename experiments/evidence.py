@@ -22,8 +22,8 @@ from jobs import cores
 from study import (
     ABLATION_RATE,
     ABLATION_TASK,
-    ABLATIONS,
     AS_PAPER,
+    COMPARED,
     FOLDER,
     METHODS,
     PAPER,
@@ -77,8 +77,7 @@ def compare_methods(
 
 def ablate(results: Results, trials: Trials, seeds: Sequence[int], parallel: int) -> None:
     """One setting changed at a time, then other prompts for what was trained with none changed."""
-    names = [SPLIT, "GRPO", *ABLATIONS]
-    runs = [Run(ABLATION_TASK, name, ABLATION_RATE, seed) for seed in seeds for name in names]
+    runs = [Run(ABLATION_TASK, name, ABLATION_RATE, seed) for seed in seeds for name in COMPARED]
     complete(runs, results, parallel)
     own = [run for run in runs if run.variant == SPLIT]
     try_again((Trial(run, way) for run in own for way in PROMPTS), trials, parallel)

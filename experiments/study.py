@@ -71,6 +71,8 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "twice the steps, η = 1, constant": CONSTANT | {"advantage.eta": 1.0, "train.steps": 2 * STEPS},
 }
 """What each changes of `SPLIT`'s settings."""
+COMPARED = (SPLIT, "GRPO", *ABLATIONS)
+"""What the ablations' runs are of."""
 ABLATION_TASK = "3 numbers"
 ABLATION_RATE = 4e-4
 """That of configs/tiny.yaml, at which the modes part."""

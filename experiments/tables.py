@@ -10,8 +10,8 @@ from scipy import stats
 from study import (
     ABLATION_RATE,
     ABLATION_TASK,
-    ABLATIONS,
     AS_PAPER,
+    COMPARED,
     COSTS,
     EXPLORING,
     METHODS,
@@ -213,8 +213,7 @@ def eight_samples(results: Results, task: str) -> str:
 
 def ablations(results: Results) -> str:
     """A row a changed setting, all at the same learning rate."""
-    names = (SPLIT, "GRPO", *ABLATIONS)
-    found = {name: rows for name in names if (rows := ends(results, ABLATION_TASK, name, ABLATION_RATE))}
+    found = {name: rows for name in COMPARED if (rows := ends(results, ABLATION_TASK, name, ABLATION_RATE))}
     shown_keys = MAIN | {"4 + 4 of both": "pass@8/both", "distinct right, both": "distinct_correct/both"}
     rows = [["", "seeds", *shown_keys, "p of the accuracy against Policy Split"]]
     base = found.get(SPLIT, {})
@@ -227,11 +226,12 @@ def ablations(results: Results) -> str:
 
 def worse_than_untrained(results: Results) -> str:
     """The ablations whose runs, or some of them, end less accurate than they began: a mean over seeds hides it."""
+    start = original(results, ABLATION_TASK)[ACCURACY]
     parts = []
-    for name in (SPLIT, "GRPO", *ABLATIONS):
-        runs = evaluations(results, ABLATION_TASK, name, ABLATION_RATE).values()
-        worse = sum(rows[-1][ACCURACY] < rows[0][ACCURACY] for rows in runs)
-        parts += [f"{name} ({worse} of {len(runs)} seeds)"] if worse else []
+    for name in COMPARED:
+        rows = ends(results, ABLATION_TASK, name, ABLATION_RATE).values()
+        worse = sum(row[ACCURACY] < start for row in rows)
+        parts += [f"{name} ({worse} of {len(rows)} seeds)"] if worse else []
     return f"Less accurate than the untrained model in the end: {'; '.join(parts) or 'none'}."
 
 

@@ -39,8 +39,7 @@ def run(folder, count, steps, *overrides, devices=1):
     """Trains with `count` processes; returns what they printed."""
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(SETTINGS))
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     command = [sys.executable, "-m", "policy_split_jax.cli", "train", str(config)]
     command += [f"output={folder}", f"train.steps={steps}", *overrides]
     port = free_port()

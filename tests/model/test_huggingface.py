@@ -298,10 +298,10 @@ print("cut", count)
 
 def test_each_device_gets_its_part(untied_folder):
     """On four emulated devices; in a process of its own, because a process has one set of devices."""
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    devices = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
     done = subprocess.run(
         [sys.executable, "-c", SHARDED_LOAD, str(untied_folder)],
-        env={**os.environ, **flags, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        env={**os.environ, **devices, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
         capture_output=True,
         text=True,
         check=False,

@@ -9,7 +9,8 @@ Tuning first: every method has one run at each of the same learning rates, with 
 with the highest accuracy of the normal mode is that of its runs with the other seeds. Runs are ordinary ones of the
 command line, one core each, in runs/evidence; what was interrupted goes on. What they found goes into
 experiments/results, and what is there is not run again: move it away to make all of it anew.
-A chosen part goes to standard output; everything goes into docs/results.md. Curves are in runs/evidence/TASK.html.
+A chosen part goes to standard output; everything goes into docs/results.md. Curves are in runs/evidence/TASK.html, and
+those of longer runs in runs/evidence/stability.html.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from study import (
     SPLIT_OF_PAPER,
     STEPS,
     TASKS,
+    TUNING_SEED,
     WAYS,
     Results,
     Run,
@@ -49,13 +51,16 @@ from study import (
 )
 
 from policy_split_jax.config import RunConfig, load
-from policy_split_jax.report.groups import Named
-from policy_split_jax.report.page import write_report
+from policy_split_jax.report.frame import write_page
+from policy_split_jax.report.groups import RunGroup
+from policy_split_jax.report.page import render
+from policy_split_jax.report.runs import Run as ReportedRun
 
 TEMPLATE = Path(__file__).with_name("results.template.md")
 PAGE = Path("docs/results.md")
 SEEDS = (0, 1, 2, 3, 4)
 CHARTED = (SPLIT, SPLIT_OF_PAPER, "GRPO", "entropy advantage")
+CHARTED_ABLATIONS = (SPLIT, "η = 1, constant", "twice the steps", "twice the steps, η = 1, constant", "GRPO")
 SMALL = (("3 numbers",), (SPLIT, "GRPO", "entropy advantage"), (0, 1, 2))
 
 
@@ -142,16 +147,34 @@ def _headed(parts: Mapping[str, str]) -> str:
 
 
 def write_charts(results: Results, task: str) -> None:
-    """A report that lays some methods' curves over each other, of those runs whose folders are here."""
-    named = []
-    for method in CHARTED:
-        seeds = tables.best_ends(results, task, method)
-        folders = [FOLDER / Run(task, method, best_rate(results, task, method), seed).name for seed in seeds]
-        here = [str(folder) for folder in folders if (folder / "metrics.jsonl").is_file()]
-        named += [Named(method, tuple(here))] if here else []
-    if named:
-        output = FOLDER / f"{'-'.join(task.split())}.html"
-        print(f"written to {write_report(named, output)}")
+    """A report that lays some methods' curves over each other, each at its tuned rate."""
+    compared = [
+        Run(task, name, best_rate(results, task, name), 0) for name in CHARTED if tables.best_ends(results, task, name)
+    ]
+    write_comparison(results, compared, "-".join(task.split()))
+
+
+def write_comparison(results: Results, compared: Sequence[Run], name: str) -> None:
+    """A report of runs, of all seeds of each: what evaluations found, since of other steps nothing is kept."""
+    groups = [RunGroup(run.variant, tuple(found)) for run in compared if (found := seeds_of(results, run))]
+    if groups:
+        print(f"written to {write_page(render(groups), FOLDER / f'{name}.html')}")
+
+
+def seeds_of(results: Results, one: Run) -> list[ReportedRun]:
+    """As the report knows runs: those that differ from this one in their seed alone; the tuning run is none of them."""
+    found = {run.seed: result for run, result in results.items() if run._replace(seed=one.seed) == one}
+    return [
+        ReportedRun(
+            name=one._replace(seed=seed).name,
+            train=[{"step": int(found[seed].evaluations[-1]["step"])}],
+            evaluation=[row | {"step": int(row["step"])} for row in found[seed].evaluations],
+            samples=[],
+            config=None,
+            summary=found[seed].costs,
+        )
+        for seed in sorted(found.keys() - {TUNING_SEED})
+    ]
 
 
 def chosen_part(results: Results, trials: Trials, task: str, methods: Sequence[str], seeds: Sequence[int]) -> str:
@@ -191,6 +214,7 @@ def main() -> None:
         return
     if not chosen.only_write:
         ablate(results, trials, seeds, chosen.parallel)
+    write_comparison(results, [Run(ABLATION_TASK, name, ABLATION_RATE, 0) for name in CHARTED_ABLATIONS], "stability")
     PAGE.write_text(page(results, trials), encoding="utf-8")
     print(f"written to {PAGE}")
 

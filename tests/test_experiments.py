@@ -140,6 +140,20 @@ def test_the_page_has_every_table():
     assert "p = 0.070" in text
 
 
+def test_charts_are_made_of_the_results_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "FOLDER", tmp_path)
+    results = results_of({"Policy Split": [0.5, 0.6], "GRPO": []})
+    found = evidence.seeds_of(results, Run(TASK, "Policy Split", RATE, 7))
+    assert [run.name for run in found] == [Run(TASK, "Policy Split", RATE, seed).name for seed in (0, 1)]
+    assert [row["step"] for row in found[0].evaluation] == [0, 300]
+    evidence.write_charts(results, TASK)
+    assert [file.name for file in tmp_path.iterdir()] == ["3-numbers.html"]
+    page = (tmp_path / "3-numbers.html").read_text(encoding="utf-8")
+    # Of two seeds the band is their range, and the tuning run's 0.9 is not among them.
+    assert "40.0 ± 0.0 % → <b>55.0 ± 5.0 %</b>" in page
+    assert "2 seeds, min–max · training step 300 · 2 evaluations · finished" in page
+
+
 def test_a_run_that_ends_below_its_beginning_is_told_from_its_seeds():
     results = results_of({"Policy Split": [0.5, 0.39, 0.4], "GRPO": [0.7]})
     assert tables.worse_than_untrained(results).endswith("in the end: Policy Split (1 of 3 seeds).")

@@ -93,7 +93,7 @@ class DataConfig(PuzzleConfig):
     """Questions to train on and to test on."""
 
     train: str = EMBEDDED
-    """A .jsonl or .parquet file, or `embedded` for generated puzzles."""
+    """A .jsonl, .parquet or .csv file, or `embedded` for generated puzzles."""
     test: str = EMBEDDED
     """The same, for evaluation."""
     question_column: str = "question"
@@ -115,7 +115,7 @@ class RewardConfig:
     """countdown, walk, exact, letter, math, prm800k, released (docs/fidelity.md), or your own function:
     `package.module:function` or `file.py:function`."""
     workers: int = 2
-    """Grader processes (math and your own function)."""
+    """Grader processes (math, prm800k, released and your own function)."""
     time_limit: float = 5.0
     """Seconds for one answer; a grader that takes longer is killed and its rollout masked."""
     memory_limit_mb: int = 4096

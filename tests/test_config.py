@@ -84,10 +84,13 @@ def test_baselines_of_the_embedded_task_are_its_configuration_with_an_objective(
     objectives = {name: "grpo" if name == "clip_higher" else name for name in found}
     twice = {"clip_higher", "kl_cov"}
     for name, config in found.items():
-        train = dataclasses.replace(tiny.train, updates_per_step=2 if name in twice else 1)
+        updates = 2 if name in twice else 1
+        train = dataclasses.replace(tiny.train, updates_per_step=updates)
+        # The learning rate decays over the updates.
+        optimizer = dataclasses.replace(tiny.optimizer, decay_steps=updates * tiny.train.steps)
         loss = dataclasses.replace(tiny.loss, clip_high=0.28 if name == "clip_higher" else tiny.loss.clip_high)
         chosen = {"name": name.replace("_", "-"), "objective": objectives[name], "train": train, "loss": loss}
-        assert config == dataclasses.replace(tiny, **chosen)
+        assert config == dataclasses.replace(tiny, optimizer=optimizer, **chosen)
     assert {*objectives.values(), "policy_split"} == {*typing.get_args(Objective)}
 
 

@@ -168,13 +168,18 @@ def seeds_of(results: Results, one: Run) -> list[ReportedRun]:
         ReportedRun(
             name=one._replace(seed=seed).name,
             train=[{"step": int(found[seed].evaluations[-1]["step"])}],
-            evaluation=[row | {"step": int(row["step"])} for row in found[seed].evaluations],
+            evaluation=[_charted(row) for row in found[seed].evaluations],
             samples=[],
             config=None,
             summary=found[seed].costs,
         )
         for seed in sorted(found.keys() - {TUNING_SEED})
     ]
+
+
+def _charted(row: Mapping[str, float]) -> dict[str, float]:
+    """Without the one pass@k that is kept, which makes no curve."""
+    return {key: value for key, value in row.items() if not key.startswith("pass@")} | {"step": int(row["step"])}
 
 
 def chosen_part(results: Results, trials: Trials, task: str, methods: Sequence[str], seeds: Sequence[int]) -> str:

@@ -176,7 +176,7 @@ def over_training(results: Results) -> str:
     """Entropies and divergence at each evaluation, means over seeds."""
     shown = dict(list(MAIN.items())[2:])
     rows = [["", "learning rate", "step", *shown]]
-    tuned = best_rate(results, ABLATION_TASK, SPLIT)
+    tuned = best_rate(results, ABLATION_TASK, SPLIT) if best_ends(results, ABLATION_TASK, SPLIT) else ABLATION_RATE
     for name, rate in dict.fromkeys([(SPLIT, ABLATION_RATE), (SPLIT, tuned), ("GRPO", ABLATION_RATE)]):
         for at_step in zip(*evaluations(results, ABLATION_TASK, name, rate).values(), strict=True):
             values = [cell([row[key] for row in at_step]) for key in shown.values()]
@@ -226,6 +226,8 @@ def ablations(results: Results) -> str:
 
 def worse_than_untrained(results: Results) -> str:
     """The ablations whose runs, or some of them, end less accurate than they began: a mean over seeds hides it."""
+    if not any(run.task == ABLATION_TASK for run in results):
+        return ""
     start = original(results, ABLATION_TASK)[ACCURACY]
     parts = []
     for name in COMPARED:
@@ -236,13 +238,18 @@ def worse_than_untrained(results: Results) -> str:
 
 
 def costs(results: Results) -> str:
-    """Seconds and tokens of a step: medians of a run's steps, then over runs; and their ratio to GRPO's."""
-    of = {name: [result.costs for run, result in results.items() if (run.task, run.variant) == (ABLATION_TASK, name)]
-          for name in (SPLIT, "GRPO")}  # fmt: skip
-    typical = {name: {key: median(cost[key] for cost in found) for key in COSTS} for name, found in of.items()}
-    rows = [["", "runs", *(key.replace("time/", "s, ").replace("tokens/", "tokens, ") for key in COSTS)]]
-    rows += [[name, str(len(of[name])), *(f"{typical[name][key]:.3g}" for key in COSTS)] for name in of]
-    rows.append(["ratio", "", *(f"{typical[SPLIT][key] / typical['GRPO'][key]:.2f}" for key in COSTS)])
+    """Seconds and tokens of a step, medians of a run's steps; ratios are of runs of the same rate and seed."""
+    of = {name: {(run.rate, run.seed): result.costs for run, result in results.items()
+                 if (run.task, run.variant) == (ABLATION_TASK, name)} for name in (SPLIT, "GRPO")}  # fmt: skip
+    pairs = sorted(of[SPLIT].keys() & of["GRPO"].keys())
+    if not pairs:
+        return ""
+    ratios = {key: [of[SPLIT][pair][key] / of["GRPO"][pair][key] for pair in pairs] for key in COSTS}
+    rows = [[f"medians of {len(pairs)} runs each", *(key.replace("/", " of ") for key in COSTS)]]
+    for name, found in of.items():
+        rows.append([name, *(f"{median(found[pair][key] for pair in pairs):.3g}" for key in COSTS)])
+    rows.append(["ratio, median", *(f"{median(ratios[key]):.2f}" for key in COSTS)])
+    rows.append(["ratio, lowest to highest", *(f"{min(own):.2f} to {max(own):.2f}" for own in ratios.values())])
     return table(rows)
 
 

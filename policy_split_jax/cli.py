@@ -236,14 +236,12 @@ def _eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         metavar="NAME=FILE",
         help="math500, aime24, aime25, gpqa_diamond or mmlu_pro, sampled as in the paper; repeatable",
     )
-    parser.add_argument("--question-column", default="question")
-    parser.add_argument("--answer-column", default="answer")
-    parser.add_argument("--task", choices=("countdown", "walk"), default="countdown", help="the embedded task")
-    parser.add_argument(
-        "--numbers", type=_several(_positive), default=(3,), help="countdown: numbers of a puzzle (default 3)"
-    )
-    parser.add_argument("--max-number", type=_positive, default=30, help="countdown: largest number (default 30)")
-    parser.add_argument("--walls", type=_several(_count), default=(4,), help="walk: walls of a puzzle (default 4)")
+    parser.add_argument("--question-column", help="of a file (default question)")
+    parser.add_argument("--answer-column", help="of a file (default answer)")
+    parser.add_argument("--task", choices=("countdown", "walk"), help="the embedded task (default countdown)")
+    parser.add_argument("--numbers", type=_several(_positive), help="countdown: numbers of a puzzle (default 3)")
+    parser.add_argument("--max-number", type=_positive, help="countdown: largest number (default 30)")
+    parser.add_argument("--walls", type=_several(_count), help="walk: walls of a puzzle (default 4)")
     parser.add_argument("--questions", type=_positive, help="at most so many questions (default 256; benchmarks: all)")
     parser.add_argument(
         "--questions-at-once",
@@ -265,7 +263,9 @@ def _eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     parser.add_argument("--top-k", type=_count, help="0 is off (default 0; benchmarks: 20)")
     parser.add_argument("--top-p", type=_share, help="1 is off (default 1.0; benchmarks: 0.95)")
     parser.add_argument("--seed", type=_seed, default=0)
-    parser.add_argument("--fresh", action="store_true", help="drop the rollouts beside the output and begin again")
+    parser.add_argument(
+        "--fresh", action="store_true", help="begin again; the rollouts beside the output are kept as *.before"
+    )
     _prompt_option(parser)
     _output_option(parser, "eval.json")
     _engine_options(parser)

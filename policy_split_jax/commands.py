@@ -69,7 +69,7 @@ def sample(options: argparse.Namespace) -> None:
 
     rows = None if options.prompts is None else _questions(Path(options.prompts))
     if options.output:
-        check_output(Path(options.output))
+        check_output(Path(options.output), *([Path(options.prompts)] if options.prompts else []))
     policy, params = load_chosen(options)
     if options.high_entropy_prompt is not None:
         policy = policy.with_prompts(high_entropy=options.high_entropy_prompt)
@@ -131,7 +131,7 @@ def score(options: argparse.Namespace) -> None:
     records = list(read_records(Path(options.input)))
     for place, record in records:
         check_values(place, record)
-    check_output(Path(options.output))
+    check_output(Path(options.output), Path(options.input))
     policy, params = load_chosen(options)
     run = score_contexts if options.prompt_tokens else score_answers
     _write_rows(options.output, run(params, policy, records, options.temperature, jnp.dtype(options.dtype)))
@@ -146,11 +146,12 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def diversity(options: argparse.Namespace) -> None:
     """`policy-split diversity FILE`."""
+    from rich.markup import escape
     from rich.table import Table
 
     from policy_split_jax.evaluation.diversity import diversity as run
 
-    output = check_output(Path(options.output))
+    output = check_output(Path(options.output), Path(options.input))
     texts: dict[str, dict[str, list[str]]] = {}
     for question, mode, text in read_answers(Path(options.input)):
         texts.setdefault(mode, {}).setdefault(question, []).append(text)
@@ -163,7 +164,7 @@ def diversity(options: argparse.Namespace) -> None:
         }
         for mode, prompts in texts.items()
     }
-    table = Table("", *found)
+    table = Table("", *map(escape, found))
     for name in next(iter(found.values())):
         table.add_row(name, *(f"{figures[name]:.4g}" for figures in found.values()))
     table_console().print(table)

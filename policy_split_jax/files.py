@@ -54,11 +54,14 @@ def write_json(path: Path, content: Any) -> None:
         file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def check_output(path: Path) -> Path:
+def check_output(path: Path, *inputs: Path) -> Path:
     """`path`, where a file can be written there; asked before the work whose result it will hold.
 
-    Raises UserError for a missing or read-only folder, and for a path that is a folder.
+    Raises UserError for a missing or read-only folder, for a path that is a folder, and for one of the files that are
+    read.
     """
+    if path.exists() and any(given.exists() and path.samefile(given) for given in inputs):
+        raise UserError(f"{path}: is what is read; choose another --output")
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give the name of a file to write")
     if not path.parent.is_dir():

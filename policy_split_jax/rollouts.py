@@ -254,7 +254,7 @@ def _check(sizes: Sequence[int], rows: Sequence[Row], limit: int) -> None:
         raise UserError(
             f"{sum(size > limit for size in sizes)} of {len(rows)} questions make prompts of more than {limit} "
             f"tokens, the longest {sizes[longest]} ({place}{rows[longest].question[:60]!r}); "
-            "raise rollout.max_prompt_tokens (--max-prompt-tokens), or train without them (rollout.long_prompts=skip)"
+            "raise rollout.max_prompt_tokens (--max-prompt-tokens); to train without them: rollout.long_prompts=skip"
         )
 
 

@@ -81,6 +81,9 @@ def test_tables_are_made_of_whatever_results_there_are(capsys):
     text = tables.winners(results_of({"Policy Split": [0.5], "GRPO": [0.7, 0.8]}), TASK)
     assert text.endswith("second: Policy Split (0.500, 25.0 points less).")
     assert evidence.page(tuned, {})
+    assert evidence.page({run._replace(task="walk"): found for run, found in tuned.items()}, {})
+    assert evidence.page(results_of({"Policy Split": [0.5, 0.6]}), {})
+    assert evidence.page({}, {})
 
 
 def test_a_failed_run_ends_the_others_that_wait(tmp_path, monkeypatch):
@@ -134,8 +137,10 @@ def test_the_page_has_every_table():
     assert "| η = 1, constant | 2 | 0.250 ±" in text
     # Every run begins with 0.4.
     assert "Less accurate than the untrained model in the end: η = 1, constant (2 of 2 seeds).\n" in text
-    # Costs are 2 plus the accuracy, tuning runs included: the middle of 2.1, 2.1, 2.5, 2.6, 2.9 is 2.5, GRPO's 2.7.
-    assert "| ratio |  | 0.93 |" in text
+    # Costs are 2 plus the accuracy: 2.5 and 2.6 against 2.7 and 2.85, and 2.1, 2.1 and 2.9 of the tuning runs of both.
+    assert "| ratio, median | 1.00 |" in text
+    assert "| ratio, lowest to highest | 0.91 to 1.00 |" in text
+    assert "| medians of 5 runs each | time of rollout |" in text
     # 0.5 and 0.6 against 0.7 and 0.85.
     assert "p = 0.070" in text
 
@@ -151,6 +156,7 @@ def test_charts_are_made_of_the_results_alone(tmp_path, monkeypatch):
     page = (tmp_path / "3-numbers.html").read_text(encoding="utf-8")
     # Of two seeds the band is their range, and the tuning run's 0.9 is not among them.
     assert "40.0 ± 0.0 % → <b>55.0 ± 5.0 %</b>" in page
+    assert "Pass@k" not in page
     assert "2 seeds, min–max · training step 300 · 2 evaluations · finished" in page
 
 

@@ -4,7 +4,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -23,7 +23,7 @@ from policy_split_jax.data.embedded import PuzzleConfig
 from policy_split_jax.data.formats import Row
 from policy_split_jax.errors import UserError
 from policy_split_jax.evaluation.evaluate import answer, evaluation_metrics, intervals, left_out, make_scorer
-from policy_split_jax.evaluation.journal import append, begin
+from policy_split_jax.evaluation.journal import append, journal
 from policy_split_jax.evaluation.rollout_file import (
     SavedQuestion,
     finished_questions,
@@ -45,6 +45,9 @@ from policy_split_jax.training.metrics_log import plain_row
 PAPER = Sampling(max_new_tokens=32768, temperature=0.6, top_k=20, top_p=0.95)
 """How the paper samples its benchmarks."""
 _QUESTIONS = 256
+_MAX_NUMBER = 30
+_PUZZLE_OPTIONS = ("task", "numbers", "max_number", "walls")
+_COLUMN_OPTIONS = ("question_column", "answer_column")
 _FINGERPRINT_VALUES = 64
 
 Metrics = dict[str, Any]
@@ -60,7 +63,8 @@ class Task:
 
 def evaluate(options: argparse.Namespace) -> None:
     """`policy-split eval`."""
-    output = check_output(Path(options.output))
+    _check_options(options)
+    output = check_output(Path(options.output), *_files(options))
     tasks = _benchmarks(options) if options.benchmark else _data(options)
     sampling = _sampling(options)
     policy, params = load_chosen(options)
@@ -71,11 +75,12 @@ def evaluate(options: argparse.Namespace) -> None:
         policy = policy.with_prompts(question_template="{question}")
     for task in tasks.values():
         render_prompts(policy, task.rows, options.max_prompt_tokens)
+        GraderPool(task.grader, workers=1).close()
     settings = _settings(options, sampling, policy, params, tasks)
     rollouts = output.with_name(f"{output.stem}.rollouts.jsonl")
-    begin(rollouts, settings, options.fresh)
-    _answer_all(options, rollouts, tasks, sampling, policy, params)
-    questions = read_questions(rollouts)
+    with journal(rollouts, settings, options.fresh):
+        _answer_all(options, rollouts, tasks, sampling, policy, params)
+        questions = read_questions(rollouts)
     RunDisplay(1, 0).grader_errors([question for own in questions.values() for question in own])
     show = _show_benchmarks if options.benchmark else _show_data
     result = show(questions, options.k)
@@ -83,29 +88,49 @@ def evaluate(options: argparse.Namespace) -> None:
     print(f"written to {output}, every rollout to {rollouts}")
 
 
+def _check_options(options: argparse.Namespace) -> None:
+    """Raises UserError for an option that would do nothing."""
+    source = "a benchmark" if options.benchmark else "the embedded task" if options.data == EMBEDDED else "a file"
+    own = {"the embedded task": _PUZZLE_OPTIONS, "a file": _COLUMN_OPTIONS}.get(source, ())
+    for name in {*_PUZZLE_OPTIONS, *_COLUMN_OPTIONS}.difference(own):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} says nothing of {source}; leave it out")
+
+
+def _files(options: argparse.Namespace) -> list[Path]:
+    """Those that questions are read from."""
+    if options.benchmark:
+        return [Path(text.partition("=")[2]) for text in options.benchmark]
+    return [] if options.data == EMBEDDED else [Path(options.data)]
+
+
 def _benchmarks(options: argparse.Namespace) -> dict[str, Task]:
     """The chosen benchmarks; files of one name are one benchmark, as the two exams of AIME are."""
     tasks: dict[str, Task] = {}
-    for text in options.benchmark:
+    for text in dict.fromkeys(options.benchmark):
         name, _, file = text.partition("=")
         if name not in BENCHMARKS or not file:
             raise UserError(f"--benchmark {text}: write NAME=FILE; the names are {', '.join(BENCHMARKS)}")
         rows = tasks[name].rows if name in tasks else []
         tasks[name] = Task(rows + BENCHMARKS[name].read(Path(file)), options.grader or BENCHMARKS[name].grader)
-    return {name: Task(task.rows[: options.questions], task.grader) for name, task in tasks.items()}
+    # In one order, in whichever they were given, so that an evaluation that goes on finds its rollouts.
+    chosen = {name: tasks[name] for name in BENCHMARKS if name in tasks}
+    return {name: Task(task.rows[: options.questions], task.grader) for name, task in chosen.items()}
 
 
 def _data(options: argparse.Namespace) -> dict[str, Task]:
     count = options.questions or _QUESTIONS
+    given = {name: value for name in _PUZZLE_OPTIONS if (value := getattr(options, name)) is not None}
+    puzzles = replace(PuzzleConfig(max_number=_MAX_NUMBER), **given)
     rows = load_rows(
         options.data,
-        PuzzleConfig(options.task, options.numbers, options.max_number, options.walls),
-        question_column=options.question_column,
-        answer_column=options.answer_column,
+        puzzles,
+        question_column=options.question_column or "question",
+        answer_column=options.answer_column or "answer",
         split="test",
         count=count,
     )
-    grader = options.grader or (options.task if options.data == EMBEDDED else "math")
+    grader = options.grader or (puzzles.task if options.data == EMBEDDED else "math")
     return {Path(options.data).stem: Task(rows[:count], grader)}
 
 
@@ -123,6 +148,8 @@ def _settings(
     prompts = asdict(policy.prompts)
     return {
         "model": _fingerprint(params),
+        "tokenizer and configuration": policy.digest[:16],
+        "stop_ids": policy.stop_ids,
         "high_entropy_prompt": prompts.pop("high_entropy"),
         **prompts,
         "k": options.k,
@@ -209,19 +236,19 @@ def _show_benchmarks(questions: Mapping[str, Sequence[SavedQuestion]], k: int) -
     strata: dict[str, list[SavedQuestion]] = {}
     for name, own in questions.items():
         strata.setdefault(BENCHMARKS[name].average, []).extend(own)
-    mean = {"mean": _metrics(list(strata.values()), k)} if len(strata) > 1 else {}
+    mean = {"mean": _metrics(list(strata.values()), k)} if len(rows) > 1 else {}
     table_console().print(_table({**rows, **mean}, k))
-    for row in rows.values():
-        _say_left_out(row)
+    for name, row in rows.items():
+        _say_left_out(row, f"{name}: ")
     plain = {name: plain_row(row) for name, row in {**rows, **mean}.items()}
     return {"benchmarks": {name: plain[name] for name in rows}, **{name: plain[name] for name in mean}}
 
 
-def _say_left_out(row: Metrics) -> None:
+def _say_left_out(row: Metrics, whose: str = "") -> None:
     if row["questions_left_out"]:
         print(
-            f"{row['questions_left_out']} of {row['questions']} questions have fewer than {row['k']} graded samples in "
-            f"some mode and do not count in pass@{row['k']}"
+            f"{whose}{row['questions_left_out']} of {row['questions']} questions have fewer than {row['k']} graded "
+            f"samples in some mode and do not count in pass@{row['k']}"
         )
 
 

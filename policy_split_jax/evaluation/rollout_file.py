@@ -14,7 +14,7 @@ import numpy as np
 
 from policy_split_jax.errors import UserError
 from policy_split_jax.evaluation.evaluate import GroupScores, TokenSums
-from policy_split_jax.evaluation.journal import Record, next_record
+from policy_split_jax.evaluation.journal import Record, cut, next_record
 from policy_split_jax.modes import HIGH_ENTROPY, MODE_NAMES, NORMAL
 from policy_split_jax.rewards import Grade
 from policy_split_jax.rollouts import Group
@@ -81,10 +81,10 @@ def rollout_records(batch: QuestionBatch, groups: Sequence[Group], scores: Seque
 def finished_questions(path: Path, sizes: Mapping[str, int], k: int) -> dict[str, int]:
     """How many questions of each benchmark the file has, in whole batches; what follows these is cut off.
 
-    Raises UserError where a line holds another rollout than the one that belongs there.
+    Raises UserError where a line holds another rollout than the one that belongs there, or is damaged.
     """
     done = dict.fromkeys(sizes, 0)
-    with path.open("rb+") as file:
+    with path.open("rb") as file:
         file.readline()
         end = file.tell()
         for name, size in sizes.items():
@@ -93,7 +93,7 @@ def finished_questions(path: Path, sizes: Mapping[str, int], k: int) -> dict[str
                 end = file.tell()
             if done[name] < size:
                 break
-        file.truncate(end)
+    cut(path, end)
     return done
 
 
@@ -134,7 +134,12 @@ def _add(question: SavedQuestion, record: Record) -> None:
 def _whole_batch(path: Path, file: BinaryIO, name: str, first: int, k: int) -> int:
     """Reads the batch that begins with a question; how many it has, 0 where a line is missing or was cut off."""
     start = file.tell()
-    count = (next_record(file) or {}).get("batch", 0)
+    leading = next_record(file)
+    if leading is None:
+        return 0
+    count = leading.get("batch")
+    if type(count) is not int or count < 1:
+        raise UserError(f"{path}: question {first} of {name} has a batch of {count!r}; repair it, or give --fresh")
     file.seek(start)
     places = (
         (name, question, MODE_NAMES[mode], index)

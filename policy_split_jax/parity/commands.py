@@ -94,7 +94,7 @@ def _table(comparison: Comparison) -> Table:
 
 
 def _rollouts(options: argparse.Namespace) -> int:
-    output = check_output(Path(options.output))
+    output = check_output(Path(options.output), Path(options.file))
     chosen = ScoreOptions(
         preset=options.preset,
         max_new_tokens=options.max_new_tokens,
@@ -134,7 +134,7 @@ def from_verl(options: argparse.Namespace) -> None:
     if options.output is None:
         sys.stdout.write(text)
         return
-    with whole_file(check_output(Path(options.output))) as file:
+    with whole_file(check_output(Path(options.output), *map(Path, files))) as file:
         file.write(text)
     counts = f"{len(conversion.converted)} settings, {len(conversion.without_effect)} keys without effect here"
     open_ends = f"{len(conversion.unsupported)} unsupported and {len(conversion.unknown)} unknown, listed there"

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
+
 from policy_split_jax.report.groups import Average, RunGroup, average_of_seeds
 from policy_split_jax.report.runs import Row, Run, number, series
 
@@ -90,21 +93,24 @@ OUTCOME = (
     Panel(
         "best-of-k",
         "Best of k",
-        "Both together should lie above either mode: the two find different solutions.",
+        "Of a question's samples; both together has those of either mode, twice as many, and lies above them where the "
+        "two find different solutions. Training has fewer samples of a question than evaluations, and lies lower.",
         "highest reward",
         modes("best_of_k", both=True),
     ),
     Panel(
         "distinct-correct",
         "Distinct correct answers",
-        "The high-entropy mode should find at least as many different right answers as the normal one.",
+        "The high-entropy mode should find at least as many different right answers as the normal one. Training has "
+        "fewer samples of a question than evaluations.",
         "answers per question",
         modes("distinct_correct", both=True),
     ),
     Panel(
         "only-high-entropy",
         "Solved by the high-entropy mode only",
-        "Above zero, the high-entropy mode brings signal that the normal mode lacks.",
+        "Above zero, the high-entropy mode brings signal that the normal mode lacks. Training has fewer samples of a "
+        "question than evaluations.",
         "share of questions",
         (Line("only_high_entropy_solved", "high entropy only", HIGH_ENTROPY_COLOUR),),
     ),
@@ -251,11 +257,22 @@ def time_chart(runs: Sequence[Run]) -> Chart | None:
         layout |= {
             "barmode": "stack",
             "hovermode": "closest",
-            "xaxis": {"title": {"text": ""}, "type": "category"},
+            "xaxis": {"title": {"text": ""}, "type": "category", "automargin": True},
         }
     look_for = "The rollout usually takes most of a step; a phase that grows is where to look first."
+    if len(runs) == 1:
+        look_for += _cut_off(layout["yaxis"], np.sum([trace["y"] for trace in data], axis=0))
     words = (f"{trace['name']}: {sum(trace['y']) / len(trace['y']):.3g} s a step on average" for trace in data)
     return Chart("time", "Time per phase", look_for, data, layout, "; ".join(words))
+
+
+def _cut_off(axis: dict[str, Any], seconds: Float[np.ndarray, "steps"]) -> str:
+    """Ends the axis above the most usual steps, since one that compiles would flatten all others; says so."""
+    top = 1.1 * float(np.quantile(seconds, 0.98, method="lower"))
+    if seconds.max() <= top or not top:
+        return ""
+    axis["range"] = rounded([0.0, top])
+    return f" Not in the frame: steps of up to {seconds.max():.3g} s, as those that compile."
 
 
 def smooth(values: Sequence[float]) -> list[float]:

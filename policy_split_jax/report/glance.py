@@ -66,7 +66,7 @@ def verdict(split: Split) -> str:
         head = f"The modes have not parted{yet}: KL {_nats(end.kl)} nats/token{before}"
     else:
         head = f"The modes have parted: KL {_nats(end.kl)} nats/token{before}"
-    return f"{head}; high-entropy {_entropy_words(end)} {_accuracy_words(end)}."
+    return f"{head}; high-entropy {_entropy_words(end)} {_accuracy_words(end)}{_way_words(split)}."
 
 
 def glance_chart(groups: Sequence[RunGroup]) -> Chart | None:
@@ -74,7 +74,7 @@ def glance_chart(groups: Sequence[RunGroup]) -> Chart | None:
     drawn = [(index, group, split) for index, group in enumerate(groups) if (split := split_of(group))]
     if not drawn:
         return None
-    entropies, accuracies = _coordinates([split for _, _, split in drawn])
+    entropies, accuracies = (_reach(key, drawn) for key in ("entropy", "accuracy"))
     across = _padded(entropies, 0.4 * max(entropies))
     data: list[dict[str, Any]] = []
     notes: list[dict[str, Any]] = []
@@ -127,6 +127,14 @@ def _accuracy_words(end: Moment) -> str:
     if size == "0.0":
         return "at the same accuracy"
     return f"at {size} points {'more' if points > 0 else 'less'} accuracy"
+
+
+def _way_words(split: Split) -> str:
+    """What became of the normal mode's accuracy: modes part in a run that is destroyed, too."""
+    if split.evaluations == 1:
+        return ""
+    start, end = (100 * moment.accuracy[NORMAL] for moment in (split.start, split.end))
+    return f"; the normal mode's went from {start:.1f} % to {end:.1f} %"
 
 
 def _mode_label(group: RunGroup, mode: int, groups: Sequence[RunGroup]) -> str:
@@ -221,13 +229,22 @@ def _words(split: Split, span: float) -> list[dict[str, Any]]:
     return words
 
 
-def _coordinates(splits: Sequence[Split]) -> tuple[list[float], list[float]]:
-    moments = [moment for split in splits for moment in (split.start, split.end)]
-    return [value for each in moments for value in each.entropy], [value for each in moments for value in each.accuracy]
+def _reach(key: str, drawn: Sequence[tuple[int, RunGroup, Split]]) -> list[float]:
+    """All values of the arrows' ends, and how far their bars reach."""
+    values: list[float] = []
+    for _, group, split in drawn:
+        values += [*getattr(split.start, key), *getattr(split.end, key)]
+        rows = next(rows for rows in group.evaluations if rows[0]["step"] == split.end.step)
+        ends = (average_of_rows(rows, f"{key}/{mode}") for mode in MODE_NAMES)
+        values += [float(value[0]) for end in ends if end for value in (end.low, end.high)]
+    return values
 
 
 def _padded(values: Sequence[float], least: float) -> list[float]:
-    """A range with room for the words; not so narrow that a small step looks like a large one."""
-    low, high = min(values), max(values)
+    """A range with room for the words; not so narrow that a small step looks like a large one.
+
+    Nothing here is below zero but the ends of some bars.
+    """
+    low, high = max(0.0, min(values)), max(values)
     room = max(0.3 * (high - low), (least - (high - low)) / 2)
-    return rounded([low - room, high + room])
+    return rounded([max(low - room, -0.05 * (high + room)), high + room])

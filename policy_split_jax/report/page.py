@@ -49,8 +49,12 @@ HEADLINES = (
         "from this mode to the other, nats per token",
         {"normal": "kl/normal_to_high_entropy", "high_entropy": "kl/high_entropy_to_normal"},
     ),
-    Headline("Best of k", "highest reward of a question", _each_side("best_of_k", *SIDES)),
-    Headline("Distinct correct", "different right answers a question", _each_side("distinct_correct", *SIDES)),
+    Headline("Best of k", "highest reward of a question; both: of all its samples", _each_side("best_of_k", *SIDES)),
+    Headline(
+        "Distinct correct",
+        "different right answers a question; both: of all its samples",
+        _each_side("distinct_correct", *SIDES),
+    ),
 )
 
 

@@ -13,7 +13,7 @@
     high_entropy: (normal, high) => high && !normal,
     normal: (normal, high) => normal && !high,
   };
-  let data = { runs: [], scale: {} };
+  let data = { runs: [] };
   let shade = "entropy";
   let question = 0;
 
@@ -59,7 +59,7 @@
     const value = tokens[shade]?.[index];
     span.dataset.entropy = tokens.entropy[index] ?? "";
     span.dataset.kl = tokens.kl[index] ?? "";
-    span.style.setProperty("--heat", Math.min(1, Math.max(0, (value ?? 0) / (data.scale[shade] || 1))).toFixed(3));
+    span.style.setProperty("--heat", Math.min(1, Math.max(0, (value ?? 0) / (run().scale[shade] || 1))).toFixed(3));
     return span;
   };
 
@@ -105,7 +105,7 @@
     if (!scored) place.append("No figures by token here: evaluations have them.");
     else if (shade === "none") place.append("Point at a token, or tap it, for its figures.");
     else {
-      const end = data.scale[shade];
+      const end = run().scale[shade];
       const unit = end < 1 ? end.toPrecision(2) : end.toFixed(1);
       place.append(`Token shading: ${WORDS[shade]}, 0 `, make("i", "ramp"), ` ${unit} nats and more`);
     }

@@ -34,13 +34,9 @@ class Most(NamedTuple):
 
 
 def rollout_data(groups: Sequence[RunGroup]) -> dict[str, Any]:
-    """`runs`, each with its sampled steps, and `scale`, where the shading of tokens ends (nats)."""
+    """`runs`, each with its sampled steps, and `scale`, where the shading of its tokens ends (nats)."""
     runs = [run for group in groups for run in group.seeds if run.samples]
-    return _data([_run(run, CHARACTERS_OF_PAGE // len(runs)) for run in runs])
-
-
-def _data(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {"runs": runs, "scale": {measure: _scale(runs, measure) for measure in ("entropy", "kl")}}
+    return {"runs": [_run(run, CHARACTERS_OF_PAGE // len(runs)) for run in runs]}
 
 
 def _run(run: Run, characters: int) -> dict[str, Any]:
@@ -51,7 +47,7 @@ def _run(run: Run, characters: int) -> dict[str, Any]:
     ladder = _ladder(sum(kind == "eval" for _, kind in rows))
 
     def fits(most: Most) -> bool:
-        return len(embedded_json(_data([_shown(run, rows, most)]))) <= characters
+        return len(embedded_json({"runs": [_shown(run, rows, most)]})) <= characters
 
     return _shown(run, rows, ladder[bisect_left(ladder, True, hi=len(ladder) - 1, key=fits)])
 
@@ -71,7 +67,8 @@ def _shown(run: Run, rows: Mapping[Place, Sequence[Row]], most: Most) -> dict[st
     kept = spread(evaluations, most.evaluations)
     places = sorted(place for place in rows if place in kept or place not in evaluations)
     steps = [_step(*place, rows[place], most) for place in places]
-    return {"name": run.name, "steps": steps, "left_out": max(0, len(run.evaluation) - len(kept))}
+    scale = {measure: _scale(steps, measure) for measure in ("entropy", "kl")}
+    return {"name": run.name, "steps": steps, "left_out": max(0, len(run.evaluation) - len(kept)), "scale": scale}
 
 
 def _step(step: int, kind: str, rows: Sequence[Row], most: Most) -> dict[str, Any]:
@@ -135,14 +132,14 @@ def shortened(text: str) -> str:
     return f"{text[:half]}\n\n[… {cut:,} characters left out …]\n\n{text[-half:]}"
 
 
-def _scale(runs: Sequence[Mapping[str, Any]], measure: str) -> float:
+def _scale(steps: Sequence[Mapping[str, Any]], measure: str) -> float:
     """Where the shading is deepest: the 98th percentile of all tokens, so that a few do not make all others pale."""
-    values = [value for run in runs for value in _values(run, measure)]
+    values = list(_values(steps, measure))
     return float(f"{max(np.quantile(values, 0.98), 0.05):.2g}") if values else 1.0
 
 
-def _values(run: Mapping[str, Any], measure: str) -> Iterator[float]:
-    for step in run["steps"]:
+def _values(steps: Sequence[Mapping[str, Any]], measure: str) -> Iterator[float]:
+    for step in steps:
         for question in step["questions"]:
             for side in question["sides"]:
                 for answer in side["answers"]:

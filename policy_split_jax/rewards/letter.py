@@ -5,8 +5,12 @@ import re
 from policy_split_jax.rewards.answers import after_think, last_boxed
 
 _FONT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
-# A letter alone, in parentheses, or before a full stop or parenthesis, behind which the choice may be repeated.
-_LETTER = re.compile(r"(?:\(\s*([a-z])\s*\)|([a-z])(?:[.)]|$))(?:\s.*)?", re.IGNORECASE | re.ASCII | re.DOTALL)
+# A letter alone, in parentheses, or before a full stop or parenthesis, behind which the choice may be repeated. Another
+# letter, or a word that leads to one, is no such choice: `(B) and (C)` answers nothing.
+_OTHERS = r"(?:and|or|maybe)\b|[,;/&]|\(\s*[a-z]\s*\)|[a-z]\)|(?:[a-z][.)]?(?:\s+|$))+$"
+_LETTER = re.compile(
+    rf"(?:\(\s*([a-z])\s*\)|([a-z])(?:[.)]|$))(?:\s+(?!{_OTHERS})\S.*)?", re.IGNORECASE | re.ASCII | re.DOTALL
+)
 
 
 def score(response: str, ground_truth: str) -> float:

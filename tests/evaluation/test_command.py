@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,9 @@ import pytest
 
 from policy_split_jax.cli import main
 from policy_split_jax.evaluation import command
+from policy_split_jax.evaluation.journal import journal
 from policy_split_jax.evaluation.rollout_file import QuestionBatch, question_batches
+from policy_split_jax.policy import model_folder
 
 SMALL = ["--questions", "5", "--questions-at-once", "2", "--k", "2", "--max-new-tokens", "10"]
 # Lines of one batch of two questions: two modes, k = 2.
@@ -88,6 +91,24 @@ def test_only_unfinished_batches_are_sampled_again(kept, torn, expected, undistu
     assert same(undisturbed, tmp_path)
 
 
+def test_a_damaged_line_among_others_is_no_kill(undisturbed, tmp_path, capsys):
+    lines = rollouts(undisturbed).read_bytes().splitlines(keepends=True)
+    content = b"".join([*lines[:2], b'{"benchmark": "emb\n', *lines[3:]])
+    rollouts(tmp_path).write_bytes(content)
+    assert main(arguments(tmp_path)) == 2
+    assert "line 3 is damaged, and others follow; repair it, or delete it and all behind it" in capsys.readouterr().err
+    assert rollouts(tmp_path).read_bytes() == content
+
+
+@pytest.mark.parametrize("batch", ['"x"', "1.5", "null", "-1", "true"])
+def test_a_batch_is_a_number_of_questions(batch, undisturbed, tmp_path, capsys):
+    lines = rollouts(undisturbed).read_bytes().splitlines(keepends=True)
+    lines[1] = lines[1].replace(b'"batch": 2', f'"batch": {batch}'.encode())
+    rollouts(tmp_path).write_bytes(b"".join(lines))
+    assert main(arguments(tmp_path)) == 2
+    assert f"question 0 of embedded has a batch of {json.loads(batch)!r}; repair it" in capsys.readouterr().err
+
+
 def test_a_finished_evaluation_samples_nothing(undisturbed, sampled, tmp_path):
     rollouts(tmp_path).write_bytes(rollouts(undisturbed).read_bytes() + b"left behind")
     assert main(arguments(tmp_path)) == 0
@@ -151,10 +172,53 @@ def test_another_file_is_not_written_over(content, tmp_path, capsys):
     assert rollouts(tmp_path).read_bytes() == content
 
 
-def test_fresh_begins_again(undisturbed, tmp_path):
+def test_fresh_begins_again_and_keeps_what_was_there(undisturbed, tmp_path, capsys):
     rollouts(tmp_path).write_bytes(b"anything\n")
+    assert main(arguments(tmp_path, "--fresh", "--grader", "nobody.py:score")) == 2
+    assert "nobody.py" in capsys.readouterr().err
+    assert rollouts(tmp_path).read_bytes() == b"anything\n"
     assert main(arguments(tmp_path, "--fresh")) == 0
     assert same(undisturbed, tmp_path)
+    assert (tmp_path / "found.rollouts.jsonl.before").read_bytes() == b"anything\n"
+
+
+def test_two_processes_do_not_share_a_file(undisturbed, capsys):
+    path = rollouts(undisturbed)
+    settings = json.loads(path.read_bytes().splitlines()[0])["settings"]
+    with journal(path, settings, fresh=False):
+        assert main(arguments(undisturbed)) == 2
+    assert f"{path}: another process is at work on it" in capsys.readouterr().err
+
+
+def test_stop_tokens_and_tokenizer_are_of_the_model(undisturbed, tmp_path, capsys):
+    """Of the same weights: the rollouts would be others."""
+    shutil.copytree(model_folder("embedded"), tmp_path / "model")
+    config = tmp_path / "model" / "generation_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": [1, 2]}))
+    (tmp_path / "model" / "config.json").write_text((tmp_path / "model" / "config.json").read_text() + " ")
+    assert main(arguments(undisturbed, "--model", str(tmp_path / "model"))) == 2
+    error = capsys.readouterr().err
+    assert "stop_ids (" in error
+    assert "tokenizer and configuration (" in error
+    assert " model (" not in error
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--question-column", "q"], "--question-column says nothing of the embedded task"),
+        (["--data", "{file}", "--task", "walk"], "--task says nothing of a file"),
+        (["--benchmark", "math500={file}", "--answer-column", "a"], "--answer-column says nothing of a benchmark"),
+        (["--data", "{file}", "--output", "{file}"], "is what is read; choose another --output"),
+        (["--benchmark", "math500={file}", "--output", "{file}"], "is what is read; choose another --output"),
+    ],
+)
+def test_options_that_would_do_nothing_or_harm(more, message, tmp_path, capsys):
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"question": "1 + 1?", "problem": "1 + 1?", "answer": "2"}\n')
+    assert main(arguments(tmp_path, *(text.format(file=file) for text in more))) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["questions.jsonl"]
 
 
 def test_rows_of_another_place_are_refused(undisturbed, tmp_path, capsys):
@@ -262,11 +326,17 @@ def test_the_mean_of_benchmarks_by_hand():
     # The second benchmark has one question, and the first is at 0, 1/2 or 1 with each of its own.
     assert 0 <= row["pass@2/normal/low"] < 1 / 3 < row["pass@2/normal/high"] <= 0.5
     assert row["entropy_bits/normal/low"] == row["entropy_bits/normal/high"] == pytest.approx(0.75 / np.log(2))
+    # Two benchmarks that the paper counts as one have a mean too, over the questions of both.
+    pooled = command._show_benchmarks({"aime24": first, "aime25": second}, 2)
+    assert pooled["mean"]["accuracy/normal"] == pytest.approx((3 * 0.5 + 0) / 4)
+    assert "mean" not in command._show_benchmarks({"aime24": first}, 2)
 
 
 @pytest.mark.parametrize(("given", "grader"), [([], "math"), (["--grader", "exact"], "exact")])
 def test_files_of_one_name_are_one_benchmark(given, grader, benchmarks, tmp_path):
-    again = ["--benchmark", f"aime25={tmp_path / 'aime25.jsonl'}"]
+    shutil.copy(tmp_path / "aime25.jsonl", tmp_path / "second.jsonl")
+    # One that is given twice counts once.
+    again = 2 * ["--benchmark", f"aime25={tmp_path / 'second.jsonl'}"]
     options = [*benchmarks[4:6], *again, "--max-new-tokens", "2", "--k", "1", "--temperature", "0", *given]
     assert main(["eval", *options, "--output", str(tmp_path / "aime.json")]) == 0
     found = json.loads((tmp_path / "aime.json").read_text())

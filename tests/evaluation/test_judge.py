@@ -59,8 +59,10 @@ def test_a_story_cannot_close_its_marks():
 
 
 def test_figures_by_hand():
-    def record(question, mode, values, blank=False):
-        return {"question": question, "mode": mode, "blank": blank, "scores": values and scores(*map(float, values))}
+    def record(question, mode, values, blank=False, refused=None):
+        reply = None if blank or refused else "a reply"
+        found = {"question": question, "mode": mode, "blank": blank, "refused": refused, "reply": reply}
+        return found | {"scores": values and scores(*map(float, values))}
 
     found = summarise(
         [
@@ -69,11 +71,13 @@ def test_figures_by_hand():
             record("a", "normal", None),
             record("b", "normal", (9, 0, 0, 0, 5)),
             record("c", "normal", None, blank=True),
+            record("d", "normal", None, refused="400: too long"),
             record("a", "high-entropy", (10, 10, 10, 10, 10)),
         ]
     )
     row = found["normal"]
-    assert (row["questions"], row["answers"], row["blank"], row["unparsed"]) == (3, 5, 1, 1)
+    counts = [row[name] for name in ("questions", "answers", "blank", "refused", "unparsed")]
+    assert counts == [4, 6, 1, 1, 1]
     # Each question weighs the same: (3 + 9) / 2; the one without a verdict is left out.
     assert row["creativity"] == 6.0
     assert (row["creativity/low"], row["creativity/high"]) == (3.0, 9.0)
@@ -218,7 +222,73 @@ def test_a_refusal_ends_all(answers):
     assert len(endpoint.seen) < 100
 
 
-@pytest.mark.parametrize("body", [b"<html>Welcome</html>", b'{"cut off', b'"text"', b"[]"])
+def test_a_story_that_is_refused_does_not_stop_the_others(answers, capsys):
+    def refuse(body, number):
+        return (400, "too long") if "The sea." in body["messages"][1]["content"] else by_story(body, number)
+
+    with Endpoint(refuse) as endpoint:
+        assert main(arguments(answers, endpoint.url, "--concurrency", "1")) == 0
+        assert main(arguments(answers, endpoint.url)) == 0
+    assert len(endpoint.seen) == 4
+    found = json.loads(answers.with_name("judge.json").read_text())["modes"]["normal"]
+    assert (found["refused"], found["unparsed"], found["mean"]) == (1, 0, 6.0)
+    saved = {row["row"]: row for row in read(answers.with_name("judge.verdicts.jsonl"))[1:]}
+    assert "too long" in saved[0]["refused"]
+    assert sorted(saved) == [0, 1, 2, 3, 4]
+
+
+def test_what_refuses_every_story_is_not_about_the_stories(answers, capsys):
+    with Endpoint(lambda *request: (400, "no such model")) as endpoint:
+        assert main(arguments(answers, endpoint.url)) == 2
+    error = capsys.readouterr().err
+    assert "answered to every story 400" in error
+    assert "no such model" in error
+    assert len(read(answers.with_name("judge.verdicts.jsonl"))) == 1
+
+
+def test_a_damaged_verdict_among_others_is_not_dropped(answers, capsys):
+    path = answers.with_name("judge.verdicts.jsonl")
+    with Endpoint(by_story) as endpoint:
+        assert main(arguments(answers, endpoint.url)) == 0
+        lines = path.read_bytes().splitlines(keepends=True)
+        for bad, message in ((b'{"row": 4, "sco\n', "line 3 is damaged"), (b'{"row": 4}\n', "verdict 2 is none")):
+            content = b"".join([*lines[:2], bad, *lines[3:]])
+            path.write_bytes(content)
+            assert main(arguments(answers, endpoint.url)) == 2
+            assert message in capsys.readouterr().err
+            assert path.read_bytes() == content
+
+
+def test_the_stories_are_not_written_over(answers, capsys):
+    before = answers.read_bytes()
+    assert main(arguments(answers, "http://127.0.0.1:9/v1", "--output", str(answers))) == 2
+    assert "is what is read; choose another --output" in capsys.readouterr().err
+    assert answers.read_bytes() == before
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://a\x01b/v1"])
+def test_an_address_that_is_none_is_named(url, answers, capsys):
+    assert main(arguments(answers, url)) == 2
+    error = capsys.readouterr().err
+    assert "write http://HOST:PORT/v1" in error
+    assert error.count("\n") == 1
+    assert not answers.with_name("judge.verdicts.jsonl").exists()
+
+
+def test_a_reply_may_hold_what_has_no_utf8(answers):
+    with Endpoint(lambda *request: (200, "\ud800")) as endpoint:
+        assert main(arguments(answers, endpoint.url)) == 0
+    saved = {row["row"]: row["reply"] for row in read(answers.with_name("judge.verdicts.jsonl"))[1:]}
+    assert saved == {0: "?", 1: "?", 2: "?", 3: None, 4: "?"}
+
+
+_CHOICES = ('{}', '{"error": {"message": "quota"}}', '{"choices": null}', '{"choices": [{}]}', '{"choices": "x"}',
+            '{"choices": [{"message": null}]}', '{"choices": [{"message": {"content": [1]}}]}')  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "body", [b"<html>Welcome</html>", b'{"cut off', b'"text"', b"[]", *(text.encode() for text in _CHOICES)]
+)
 def test_what_is_no_completion_is_named(body, answers, capsys):
     with Endpoint(lambda *request: (200, body)) as endpoint:
         assert main(arguments(answers, endpoint.url)) == 2

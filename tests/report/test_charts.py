@@ -129,6 +129,15 @@ def test_phases_are_stacked_over_steps_with_zero_where_they_did_not_happen():
     assert {trace["stackgroup"] for trace in chart.data} == {"phases"}
 
 
+def test_a_step_that_compiles_does_not_flatten_the_others():
+    chart = charts.time_chart([run_of([{"time/rollout": 20.0}, *[{"time/rollout": 1.0, "time/update": 1.0}] * 9])])
+    assert chart.layout["yaxis"]["range"] == [0.0, 2.2]
+    assert chart.look_for.endswith("Not in the frame: steps of up to 20 s, as those that compile.")
+    even = charts.time_chart([run_of([{"time/rollout": 1.0}] * 9)])
+    assert "range" not in even.layout["yaxis"]
+    assert "frame" not in even.look_for
+
+
 def test_phases_of_several_runs_are_means_per_step():
     first = run_of([{"time/rollout": 2.0, "time/update": 1.0}, {"time/rollout": 3.0}], name="first")
     second = run_of([{"time/rollout": 8.0}], name="second")
@@ -136,6 +145,7 @@ def test_phases_of_several_runs_are_means_per_step():
     bars = {trace["name"]: dict(zip(trace["x"], trace["y"], strict=True)) for trace in chart.data}
     assert bars == {"rollout": {"first": 2.5, "second": 8.0}, "update": {"first": 0.5, "second": 0.0}}
     assert chart.layout["barmode"] == "stack"
+    assert chart.layout["xaxis"]["automargin"]
 
 
 def panel(slug):

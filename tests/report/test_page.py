@@ -140,8 +140,10 @@ def test_the_headline_goes_from_the_first_to_the_last_evaluation(make_run, page_
     assert "evaluation at step 0 → 9, k = 8" in text
     assert "25.0 % → 50.0 % +25.0 points 12.5 % → 37.5 % +25.0 points" in text
     # unchanged values, one for each side of the table in its order
-    assert "Best of k highest reward of a question 0.500 → 0.500 +0.000 0.625 → 0.625 +0.000 0.750 → 0.750" in text
-    assert "Distinct correct different right answers a question 1.50 → 1.50 +0.000 2.50 → 2.50" in text
+    unchanged = "0.500 → 0.500 +0.000 0.625 → 0.625 +0.000 0.750 → 0.750"
+    assert f"Best of k highest reward of a question; both: of all its samples {unchanged}" in text
+    unchanged = "1.50 → 1.50 +0.000 2.50 → 2.50"
+    assert f"Distinct correct different right answers a question; both: of all its samples {unchanged}" in text
     # the normal column holds KL(normal ‖ high entropy)
     assert "nats per token 0.013 → 0.013 +0.000 0.250 → 0.250" in text
 

@@ -162,11 +162,17 @@ def test_the_rollouts_never_exceed_their_share_of_the_page(runs, share, scored):
         assert size_of(*groups) <= share * len(groups)
 
 
+def test_a_run_beside_another_keeps_its_own_scale():
+    each = [sample(tokens={"text": ["a"], "entropy": [top], "kl": [0.0]}) for top in (0.5, 8.0)]
+    data = rollout_data([RunGroup("tiny", (Run("tiny", [], [], [row], None, None),)) for row in each])
+    assert [run["scale"]["entropy"] for run in data["runs"]] == [0.5, 8.0]
+
+
 def test_the_scale_leaves_the_highest_two_per_cent_out():
     many = {"text": ["a"] * 101, "entropy": [at / 100 for at in range(101)], "kl": [0.0] * 101}
     run = Run("tiny", [], [], [sample(tokens=many)], None, None)
     # A KL that is nearly 0 everywhere is not blown up.
-    assert rollout_data([RunGroup("tiny", (run,))])["scale"] == {"entropy": 0.98, "kl": 0.05}
+    assert rollout_data([RunGroup("tiny", (run,))])["runs"][0]["scale"] == {"entropy": 0.98, "kl": 0.05}
 
 
 def test_runs_without_samples_are_left_out():

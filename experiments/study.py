@@ -68,6 +68,7 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     SPLIT_OF_PAPER: PAPER,
     "the same and preset released": PAPER | {"preset": "released"},
     "twice the steps": {"train.steps": 2 * STEPS},
+    "twice the steps, η down to 0": {"train.steps": 2 * STEPS, "eta.smallest": 0.0},
     "twice the steps, η = 1, constant": CONSTANT | {"advantage.eta": 1.0, "train.steps": 2 * STEPS},
 }
 """What each changes of `SPLIT`'s settings."""

@@ -157,6 +157,7 @@ def _settings(
         **asdict(sampling),
         "dtype": options.dtype,
         **{f"questions of {name}": _identity(task) for name, task in tasks.items()},
+        **_own_graders(tasks),
     }
 
 
@@ -164,6 +165,14 @@ def _identity(task: Task) -> dict[str, Any]:
     content = json.dumps([(row.question, row.ground_truth) for row in task.rows], default=str)
     digest = hashlib.sha256(content.encode()).hexdigest()[:16]
     return {"count": len(task.rows), "sha256": digest, "grader": task.grader}
+
+
+def _own_graders(tasks: Mapping[str, Task]) -> dict[str, str]:
+    """Hashes of the files of the user's own graders; a module may lie anywhere, and has none."""
+    files = {Path(task.grader.rpartition(":")[0]) for task in tasks.values()}
+    return {
+        f"content of {file}": hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files if file.is_file()
+    }
 
 
 def _fingerprint(params: Params) -> str:

@@ -182,6 +182,17 @@ def test_fresh_begins_again_and_keeps_what_was_there(undisturbed, tmp_path, caps
     assert (tmp_path / "found.rollouts.jsonl.before").read_bytes() == b"anything\n"
 
 
+def test_another_grader_of_the_same_name_is_refused(tmp_path, capsys):
+    grader = tmp_path / "mine.py"
+    signature = "def score(data_source, solution_str, ground_truth, extra_info):"
+    for value, code in ((1.0, 0), (0.5, 2)):
+        grader.write_text(f"{signature}\n    return {value}\n")
+        more = ["--questions", "2", "--k", "1", "--max-new-tokens", "2", "--grader", f"{grader}:score"]
+        assert main(arguments(tmp_path, *more)) == code
+    assert f"has other settings: content of {grader} (" in capsys.readouterr().err
+    assert json.loads((tmp_path / "found.json").read_text())["accuracy/normal"] == 1.0
+
+
 def test_two_processes_do_not_share_a_file(undisturbed, capsys):
     path = rollouts(undisturbed)
     settings = json.loads(path.read_bytes().splitlines()[0])["settings"]

@@ -1,6 +1,7 @@
 """The page that is served and renews itself: what the server answers, and to whom."""
 
 import base64
+import gzip
 import http.client
 import json
 import os
@@ -69,6 +70,21 @@ def test_the_page_is_made_anew_only_when_a_file_has_changed(tmp_path):
     assert second.tag != first.tag
     (folder / "summary.json").write_text("{}")
     assert b"\xc2\xb7 finished" in pages.page().body
+
+
+def test_who_can_unpack_is_sent_less(tmp_path, serve):
+    port = serve(append(tmp_path / "run", GOOD))
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request("GET", "/", headers={"Accept-Encoding": "gzip, deflate, br"})
+    answer = connection.getresponse()
+    packed = answer.read()
+    connection.close()
+    assert answer.headers["Content-Encoding"] == "gzip"
+    plain, body = ask(port)
+    assert plain.headers["Content-Encoding"] is None
+    assert gzip.decompress(packed).decode() == body
+    assert len(packed) < len(body) / 2
+    assert plain.headers["ETag"] == answer.headers["ETag"]
 
 
 def test_a_run_without_metrics_is_waited_for(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from policy_split_jax.cli import main
 from policy_split_jax.evaluation import command
 from policy_split_jax.evaluation.journal import journal
-from policy_split_jax.evaluation.rollout_file import QuestionBatch, question_batches
+from policy_split_jax.evaluation.rollout_file import QuestionBatch, finished_questions, question_batches
 from policy_split_jax.policy import model_folder
 
 SMALL = ["--questions", "5", "--questions-at-once", "2", "--k", "2", "--max-new-tokens", "10"]
@@ -98,6 +98,20 @@ def test_a_damaged_line_among_others_is_no_kill(undisturbed, tmp_path, capsys):
     assert main(arguments(tmp_path)) == 2
     assert "line 3 is damaged, and others follow; repair it, or delete it and all behind it" in capsys.readouterr().err
     assert rollouts(tmp_path).read_bytes() == content
+
+
+def test_what_is_finished_of_several_benchmarks(tmp_path):
+    def lines(name, first, count):
+        for question in range(first, first + count):
+            for mode in ("normal", "high_entropy"):
+                record = {"benchmark": name, "question": question, "mode": mode, "index": 0, "batch": count}
+                yield json.dumps(record).encode() + b"\n"
+
+    whole = [b"{}\n", *lines("a", 0, 2), *lines("b", 0, 2), *lines("b", 2, 1)]
+    path = tmp_path / "found.jsonl"
+    path.write_bytes(b"".join([*whole, *list(lines("b", 3, 2))[:3]]))
+    assert finished_questions(path, {"a": 2, "b": 5, "c": 1}, 1) == {"a": 2, "b": 3, "c": 0}
+    assert path.read_bytes() == b"".join(whole)
 
 
 @pytest.mark.parametrize("batch", ['"x"', "1.5", "null", "-1", "true"])

@@ -81,10 +81,10 @@ def compare_methods(
 
 
 def ablate(results: Results, trials: Trials, seeds: Sequence[int], parallel: int) -> None:
-    """One setting changed at a time, then other prompts for what was trained with none changed."""
+    """One setting changed at a time, then other prompts for what was trained with none changed, and untrained."""
     runs = [Run(ABLATION_TASK, name, ABLATION_RATE, seed) for seed in seeds for name in COMPARED]
     complete(runs, results, parallel)
-    own = [run for run in runs if run.variant == SPLIT]
+    own = [untrained(ABLATION_TASK), *(run for run in runs if run.variant == SPLIT)]
     try_again((Trial(run, way) for run in own for way in PROMPTS), trials, parallel)
 
 

@@ -259,9 +259,11 @@ def prompts(trials: Trials) -> str:
         "best of 8, HE": "best_of_k/high_entropy",
         "solved by HE alone": "only_high_entropy_solved",
     }
-    rows = [["", "system prompt", "seeds", *keys]]
+    rows = [["", "system prompt", "seeds", *keys, "accuracy, HE, of the original"]]
     for title, prompt in PROMPTS.items():
-        if found := [figures for trial, figures in trials.items() if trial.way == title]:
+        start = Trial(untrained(ABLATION_TASK), title)
+        if found := [figures for trial, figures in trials.items() if trial.way == title and trial != start]:
             cells = [cell([figures[key] for figures in found]) for key in keys.values()]
-            rows.append([title, prompt, str(len(found)), *cells])
+            before = f"{trials[start]['accuracy/high_entropy']:.3f}" if start in trials else ""
+            rows.append([title, prompt, str(len(found)), *cells, before])
     return table(rows)

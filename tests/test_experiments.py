@@ -173,9 +173,12 @@ def tried(value, **others):
 def test_prompts_are_told_apart():
     run = Run(TASK, "Policy Split", RATE, 0)
     trials = {Trial(run._replace(seed=seed), "unseen, asks for the opposite"): tried(0.25) for seed in range(3)}
-    text = tables.prompts(trials | {Trial(run, study.AS_PAPER): tried(0.5)})
+    start = {Trial(study.untrained(TASK), "unseen, asks for the opposite"): tried(0.125)}
+    text = tables.prompts(trials | start | {Trial(run, study.AS_PAPER): tried(0.5)})
     assert text.splitlines()[2].startswith("| unseen, asks for the opposite | Low-entropy mode. | 3 | 0.250 ± 0.000 |")
+    assert text.endswith("| 0.250 ± 0.000 | 0.125 |")
     assert len(text.splitlines()) == 3
+    assert tables.prompts(trials).endswith("| 0.250 ± 0.000 |  |")
 
 
 def test_runs_sampled_as_in_the_paper_keep_their_rates_and_have_figures_of_their_own():

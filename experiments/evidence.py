@@ -9,8 +9,8 @@ Tuning first: every method has one run at each of the same learning rates, with 
 with the highest accuracy of the normal mode is that of its runs with the other seeds. Runs are ordinary ones of the
 command line, one core each, in runs/evidence; what was interrupted goes on. What they found goes into
 experiments/results, and what is there is not run again: move it away to make all of it anew.
-A chosen part goes to standard output; everything goes into docs/results.md. Curves are in runs/evidence/TASK.html, and
-those of longer runs in runs/evidence/stability.html.
+A chosen part goes to standard output; everything goes into docs/results.md. Curves are in runs/evidence/TASK.html,
+divergence.html and, of longer runs, stability.html.
 """
 
 import argparse
@@ -60,7 +60,11 @@ TEMPLATE = Path(__file__).with_name("results.template.md")
 PAGE = Path("docs/results.md")
 SEEDS = (0, 1, 2, 3, 4)
 CHARTED = (SPLIT, SPLIT_OF_PAPER, "GRPO", "entropy advantage")
-LONGER = ("twice the steps", "twice the steps, η down to 0", "twice the steps, η = 1, constant")
+COMPARISONS = {
+    "divergence": (SPLIT, "GRPO"),
+    "stability": ("twice the steps", "twice the steps, η down to 0", "twice the steps, η = 1, constant"),
+}
+"""Further charts, at the rate of the ablations."""
 SMALL = (("3 numbers",), (SPLIT, "GRPO", "entropy advantage"), (0, 1, 2))
 
 
@@ -219,7 +223,8 @@ def main() -> None:
         return
     if not chosen.only_write:
         ablate(results, trials, seeds, chosen.parallel)
-    write_comparison(results, [Run(ABLATION_TASK, name, ABLATION_RATE, 0) for name in LONGER], "stability")
+    for name, variants in COMPARISONS.items():
+        write_comparison(results, [Run(ABLATION_TASK, variant, ABLATION_RATE, 0) for variant in variants], name)
     PAGE.write_text(page(results, trials), encoding="utf-8")
     print(f"written to {PAGE}")
 

@@ -14,8 +14,6 @@ from policy_split_jax.errors import UserError
 
 _LEVELS = 64
 """How deep lists and objects may lie in each other: code that is called from deeper writes them again."""
-_LONGEST_FIELD = 2**31 - 1
-"""Of a CSV; the largest that Python takes everywhere."""
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -146,8 +144,6 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _csv_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, record) of each row below the header; every value is text."""
     number = 0
-    # Python's own limit, 128 KiB a field, is shorter than some texts.
-    csv.field_size_limit(_LONGEST_FIELD)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)

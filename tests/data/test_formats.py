@@ -189,13 +189,6 @@ def test_csv_with_line_breaks_quotes_and_a_byte_order_mark(tmp_path):
     ]
 
 
-def test_a_csv_may_hold_a_long_text(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_text(f"question,answer\n{'a' * 200_000},1\n")
-    [row] = read_rows(path)
-    assert len(row.question) == 200_000
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [

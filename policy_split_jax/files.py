@@ -29,6 +29,26 @@ def whole_file(path: Path, errors: str = "strict") -> Iterator[TextIO]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def alone(path: Path, refusal: str) -> Iterator[None]:
+    """Holds a lock file while the block lasts; the lock goes with its process, however that ends.
+
+    Raises UserError with these words where another process holds it.
+    """
+    # Every command imports this file, and few need a lock.
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(refusal) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def sync(path: Path) -> None:
     """Returns when what was written to a file will outlast the machine."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -3,10 +3,10 @@
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from policy_split_jax.model.qwen3 import Params
 from policy_split_jax.modes import HIGH_ENTROPY, MODE_NAMES, NORMAL
 from policy_split_jax.policy import Policy
 from policy_split_jax.rewards import GraderPool
+from policy_split_jax.rewards.custom import code_digest
 from policy_split_jax.rollouts import render_prompts
 from policy_split_jax.sampler.batcher import Sampling
 from policy_split_jax.training.console import RunDisplay, evaluation_table
@@ -75,12 +76,12 @@ def evaluate(options: argparse.Namespace) -> None:
         policy = policy.with_prompts(question_template="{question}")
     for task in tasks.values():
         render_prompts(policy, task.rows, options.max_prompt_tokens)
-        GraderPool(task.grader, workers=1).close()
-    settings = _settings(options, sampling, policy, params, tasks)
     rollouts = output.with_name(f"{output.stem}.rollouts.jsonl")
-    with journal(rollouts, settings, options.fresh):
-        _answer_all(options, rollouts, tasks, sampling, policy, params)
-        questions = read_questions(rollouts)
+    with _graders(tasks) as pools:
+        settings = _settings(options, sampling, policy, params, tasks)
+        with journal(rollouts, settings, options.fresh):
+            _answer_all(options, rollouts, tasks, pools, sampling, policy, params)
+            questions = read_questions(rollouts)
     RunDisplay(1, 0).grader_errors([question for own in questions.values() for question in own])
     show = _show_benchmarks if options.benchmark else _show_data
     result = show(questions, options.k)
@@ -92,8 +93,8 @@ def _check_options(options: argparse.Namespace) -> None:
     """Raises UserError for an option that would do nothing."""
     source = "a benchmark" if options.benchmark else "the embedded task" if options.data == EMBEDDED else "a file"
     own = {"the embedded task": _PUZZLE_OPTIONS, "a file": _COLUMN_OPTIONS}.get(source, ())
-    for name in {*_PUZZLE_OPTIONS, *_COLUMN_OPTIONS}.difference(own):
-        if getattr(options, name) is not None:
+    for name in (*_PUZZLE_OPTIONS, *_COLUMN_OPTIONS):
+        if name not in own and getattr(options, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} says nothing of {source}; leave it out")
 
 
@@ -157,7 +158,7 @@ def _settings(
         **asdict(sampling),
         "dtype": options.dtype,
         **{f"questions of {name}": _identity(task) for name, task in tasks.items()},
-        **_own_graders(tasks),
+        **_own_grader(options.grader or ""),
     }
 
 
@@ -167,12 +168,9 @@ def _identity(task: Task) -> dict[str, Any]:
     return {"count": len(task.rows), "sha256": digest, "grader": task.grader}
 
 
-def _own_graders(tasks: Mapping[str, Task]) -> dict[str, str]:
-    """Hashes of the files of the user's own graders; a module may lie anywhere, and has none."""
-    files = {Path(task.grader.rpartition(":")[0]) for task in tasks.values()}
-    return {
-        f"content of {file}": hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files if file.is_file()
-    }
+def _own_grader(grader: str) -> dict[str, str]:
+    digest = code_digest(grader)
+    return {f"content of {grader.rpartition(':')[0]}": digest[:16]} if digest else {}
 
 
 def _fingerprint(params: Params) -> str:
@@ -184,10 +182,19 @@ def _fingerprint(params: Params) -> str:
     return digest.hexdigest()[:16]
 
 
+@contextmanager
+def _graders(tasks: Mapping[str, Task]) -> Iterator[dict[str, GraderPool]]:
+    """Each grader that a task names, at work while the block lasts."""
+    with ExitStack() as stack:
+        names = dict.fromkeys(task.grader for task in tasks.values())
+        yield {name: stack.enter_context(GraderPool(name)) for name in names}
+
+
 def _answer_all(
     options: argparse.Namespace,
     path: Path,
     tasks: Mapping[str, Task],
+    pools: Mapping[str, GraderPool],
     sampling: Sampling,
     policy: Policy,
     params: Params,
@@ -210,12 +217,10 @@ def _answer_all(
             sampling=sampling,
             progress=progress,
         )
-        for name, left in groupby(batches, key=lambda batch: batch.benchmark):
-            task = tasks[name]
-            with GraderPool(task.grader) as pool:
-                for batch in left:
-                    rows = task.rows[batch.first : batch.first + batch.count]
-                    append(path, rollout_records(batch, *run(pool=pool, rows=rows, first=batch.first)))
+        for batch in batches:
+            task = tasks[batch.benchmark]
+            rows = task.rows[batch.first : batch.first + batch.count]
+            append(path, rollout_records(batch, *run(pool=pools[task.grader], rows=rows, first=batch.first)))
 
 
 def _questions_at_once(options: argparse.Namespace) -> int:

@@ -6,10 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import FileLock, Timeout
-
 from policy_split_jax.errors import UserError
-from policy_split_jax.files import sync, whole_file
+from policy_split_jax.files import alone, sync, whole_file
 
 Record = dict[str, Any]
 
@@ -22,16 +20,10 @@ def journal(path: Path, settings: Mapping[str, Any], fresh: bool) -> Iterator[No
     Raises UserError where another process is at work on it, or where it is one of other settings, naming them; but one
     that holds nothing else is replaced.
     """
-    lock = FileLock(path.with_name(f".{path.name}.lock"), blocking=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UserError(f"{path}: another process is at work on it; wait, or choose another --output") from None
-    try:
+    refusal = f"{path}: another process is at work on it; wait, or choose another --output"
+    with alone(path.with_name(f".{path.name}.lock"), refusal):
         _begin(path, settings, fresh)
         yield
-    finally:
-        lock.release()
 
 
 def next_record(file: BinaryIO) -> Record | None:

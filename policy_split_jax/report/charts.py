@@ -94,23 +94,23 @@ OUTCOME = (
         "best-of-k",
         "Best of k",
         "Of a question's samples; both together has those of either mode, twice as many, and lies above them where the "
-        "two find different solutions. Training has fewer samples of a question than evaluations, and lies lower.",
+        "two find different solutions. Training takes rollouts_per_mode samples of a question, evaluations eval.k.",
         "highest reward",
         modes("best_of_k", both=True),
     ),
     Panel(
         "distinct-correct",
         "Distinct correct answers",
-        "The high-entropy mode should find at least as many different right answers as the normal one. Training has "
-        "fewer samples of a question than evaluations.",
+        "The high-entropy mode should find at least as many different right answers as the normal one. Training "
+        "takes rollouts_per_mode samples of a question, evaluations eval.k.",
         "answers per question",
         modes("distinct_correct", both=True),
     ),
     Panel(
         "only-high-entropy",
         "Solved by the high-entropy mode only",
-        "Above zero, the high-entropy mode brings signal that the normal mode lacks. Training has fewer samples of a "
-        "question than evaluations.",
+        "Above zero, the high-entropy mode brings signal that the normal mode lacks. Training takes "
+        "rollouts_per_mode samples of a question, evaluations eval.k.",
         "share of questions",
         (Line("only_high_entropy_solved", "high entropy only", HIGH_ENTROPY_COLOUR),),
     ),

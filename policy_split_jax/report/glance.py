@@ -167,9 +167,14 @@ def _bars(group: RunGroup, step: int, mode: int) -> dict[str, Any]:
     """The band of an evaluation in both directions, where there are several seeds."""
     if len(group.seeds) == 1:
         return {}
-    rows = next(rows for rows in group.evaluations if rows[0]["step"] == step)
+    rows = _rows_at(group, step)
     axes = {"error_x": f"entropy/{MODE_NAMES[mode]}", "error_y": f"accuracy/{MODE_NAMES[mode]}"}
     return {axis: error_bars(found) for axis, key in axes.items() if (found := average_of_rows(rows, key))}
+
+
+def _rows_at(group: RunGroup, step: int) -> tuple[Row, ...]:
+    """An evaluation, a row a seed."""
+    return next(rows for rows in group.evaluations if rows[0]["step"] == step)
 
 
 def _arrow(split: Split, mode: int) -> list[dict[str, Any]]:
@@ -234,7 +239,7 @@ def _reach(key: str, drawn: Sequence[tuple[int, RunGroup, Split]]) -> list[float
     values: list[float] = []
     for _, group, split in drawn:
         values += [*getattr(split.start, key), *getattr(split.end, key)]
-        rows = next(rows for rows in group.evaluations if rows[0]["step"] == split.end.step)
+        rows = _rows_at(group, split.end.step)
         ends = (average_of_rows(rows, f"{key}/{mode}") for mode in MODE_NAMES)
         values += [float(value[0]) for end in ends if end for value in (end.low, end.high)]
     return values

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from policy_split_jax import config as settings
 from policy_split_jax.config import RunConfig
 from policy_split_jax.data.formats import Row
 from policy_split_jax.errors import UserError
-from policy_split_jax.files import sync, sync_folder, whole_file
+from policy_split_jax.files import alone, sync, sync_folder, whole_file
 from policy_split_jax.policy import Policy, copy_policy_files
+from policy_split_jax.rewards.custom import code_digest
 from policy_split_jax.training.checkpoint import digest_of, latest_step
 from policy_split_jax.training.guard import GuardConfig
 from policy_split_jax.training.metrics_log import last_logged
@@ -74,13 +74,8 @@ def locked(config: RunConfig, started_at: int) -> Iterator[None]:
     `started_at` was found to be the last checkpoint's step.
     """
     config.folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(config.folder / LOCK, blocking=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        remedy = "wait for its end, or choose another name (name=...)"
-        raise UserError(f"{config.folder}: another run goes on there; {remedy}") from None
-    with lock:
+    remedy = "wait for its end, or choose another name (name=...)"
+    with alone(config.folder / LOCK, f"{config.folder}: another run goes on there; {remedy}"):
         if (latest_step(config.folder / "checkpoints") or 0) != started_at:
             raise UserError(f"{config.folder}: another run has just gone on there; start this command again")
         yield
@@ -119,7 +114,7 @@ def identity(config: RunConfig, policy: Policy, train_rows: Sequence[Row], test_
         "prompts": digest_of(asdict(policy.prompts)),
         "questions": _digest_of_rows(train_rows),
         "test questions": _digest_of_rows(test_rows),
-        "reward code": _digest_of_reward(config.reward.grader),
+        "reward code": code_digest(config.reward.grader),
     }
 
 
@@ -129,12 +124,6 @@ def _digest_of_rows(rows: Sequence[Row]) -> str:
         content = [row.question, row.ground_truth, row.data_source, row.extra_info]
         found.update(json.dumps(content, sort_keys=True, default=str).encode())
     return found.hexdigest()
-
-
-def _digest_of_reward(grader: str) -> str:
-    """Of the content of a user's file; "" for our own graders, and for a module, whose file only importing it tells."""
-    place = grader.rpartition(":")[0]
-    return hashlib.sha256(Path(place).read_bytes()).hexdigest() if place.endswith(".py") else ""
 
 
 def _fixed_keys() -> list[str]:
